@@ -1,0 +1,88 @@
+"""How a kernel is built: one frozen dataclass of numbers per template."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from flashgen.errors import ConfigError
+
+Scalar = int | str
+Loads = typing.Literal["pointer", "descriptor"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class KernelConfig:
+    """Launch options that every template has; subclasses add the numbers of theirs.
+
+    Attributes:
+        num_warps: warps of one program.
+        num_stages: depth of the software pipeline over key tiles.
+        maxnreg: register limit of one thread; 0 leaves it to the compiler.
+    """
+
+    template: typing.ClassVar[str]
+
+    num_warps: int
+    num_stages: int
+    maxnreg: int = 0
+
+    def as_dict(self) -> dict[str, Scalar]:
+        """Return the template name and every number, in the order they are written to YAML."""
+        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"template": self.template, **dict(sorted(numbers.items()))}
+
+    def __str__(self) -> str:
+        return " ".join(f"{k}={v}" if k != "template" else str(v) for k, v in self.as_dict().items())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class TritonForwardConfig(KernelConfig):
+    """Numbers of `templates/triton/forward.py.jinja`.
+
+    Attributes:
+        block_m: query rows of one program.
+        block_n: keys of one step of its loop.
+        loads: `pointer` (any GPU, any strides) or `descriptor` (tensor descriptors: bulk copies on Hopper and later).
+        head_group: heads whose tiles are launched together, so that their K and V share the L2 cache; a run-time
+            number that costs no compile.
+    """
+
+    template: typing.ClassVar[str] = "triton/forward"
+
+    block_m: int
+    block_n: int
+    loads: Loads = "pointer"
+    head_group: int = 1
+
+
+_CONFIG_TYPES: dict[str, type[KernelConfig]] = {TritonForwardConfig.template: TritonForwardConfig}
+
+
+def config_from_dict(values: typing.Mapping[str, object]) -> KernelConfig:
+    """Return the config that `KernelConfig.as_dict` wrote.
+
+    Raises:
+        ConfigError: for an unknown template, an unknown, missing or wrongly typed field.
+    """
+    template = values.get("template")
+    config_type = _CONFIG_TYPES.get(template) if isinstance(template, str) else None
+    if config_type is None:
+        raise ConfigError(f"unknown template {template!r}; known: {', '.join(_CONFIG_TYPES)}")
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    unknown = sorted(map(str, values.keys() - fields.keys() - {"template"}))
+    missing = sorted(required - values.keys())
+    if unknown or missing:
+        raise ConfigError(
+            f"config of {template}: unknown fields {unknown or 'none'}, missing fields {missing or 'none'}; "
+            f"its fields are {', '.join(fields)}"
+        )
+    numbers = {name: value for name, value in values.items() if name != "template"}
+    for name, value in numbers.items():
+        if name == "loads":
+            if value not in typing.get_args(Loads):
+                raise ConfigError(f"loads must be one of {', '.join(typing.get_args(Loads))}, got {value!r}")
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(f"{name} must be a whole number of at least 0, got {value!r}")
+    return typing.cast("type[typing.Any]", config_type)(**numbers)

@@ -1,0 +1,79 @@
+"""Templates to source: `render(spec, config)` gives a module of plain Triton, the same bytes every time."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+
+import jinja2
+
+from flashgen.codegen.config import KernelConfig
+from flashgen.codegen.plan import ForwardPlan, make_plan
+from flashgen.resources import resource_dir
+from flashgen.spec import AttentionSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RenderedKernel:
+    """A rendered module.
+
+    Attributes:
+        source: the whole module, formatted.
+        entry_point: name of the kernel in it.
+        digest: hash of the code without comments and docstrings; what keys tuned entries and cached files.
+        plan: the structure that the source has.
+    """
+
+    source: str
+    entry_point: str
+    digest: str
+    plan: ForwardPlan
+
+
+def render(spec: AttentionSpec, config: KernelConfig) -> RenderedKernel:
+    """Return the module for a spec and the structure of a config; its numbers do not change the source.
+
+    Raises:
+        ConfigError: if no template has the config's name.
+    """
+    return _render(spec, make_plan(spec, config))
+
+
+@functools.lru_cache(maxsize=256)
+def _render(spec: AttentionSpec, plan: ForwardPlan) -> RenderedKernel:
+    template = _environment().get_template(f"{plan.template}.py.jinja")
+    source = template.render(spec=spec, plan=plan)
+    return RenderedKernel(source=source, entry_point=plan.entry_point, digest=code_digest(source), plan=plan)
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(resource_dir("templates")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def code_digest(source: str) -> str:
+    """Return 16 hex digits that change when the code changes, not when a comment or docstring does."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(_canonical(tree).encode()).hexdigest()[:16]
+
+
+def _canonical(node: object) -> str:
+    # Not ast.dump: its text differs between Python versions, and digests are compared across them.
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({','.join(f'{name}={_canonical(value)}' for name, value in fields)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    return repr(node)

@@ -1,0 +1,24 @@
+"""From rendered source to binaries and what they cost; imports triton, never torch."""
+
+from flashgen.compile.binary import Resources, amdgcn_resources, cubin_resources
+from flashgen.compile.compiler import (
+    POINTER_ALIGNMENT_BYTES,
+    STRIDE_ALIGNMENT,
+    CompiledKernel,
+    compile_kernel,
+    descriptor_block,
+)
+from flashgen.compile.modules import load_kernel, source_path
+
+__all__ = [
+    "POINTER_ALIGNMENT_BYTES",
+    "STRIDE_ALIGNMENT",
+    "CompiledKernel",
+    "Resources",
+    "amdgcn_resources",
+    "compile_kernel",
+    "cubin_resources",
+    "descriptor_block",
+    "load_kernel",
+    "source_path",
+]

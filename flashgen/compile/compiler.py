@@ -1,0 +1,112 @@
+"""Rendered source to binary, for the GPU at hand or for a named architecture on a machine without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import typing
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+
+from flashgen.codegen import KernelConfig, RenderedKernel, argument_kind, constant_values
+from flashgen.codegen.plan import block_head_dim
+from flashgen.compile.binary import Resources, amdgcn_resources, cubin_resources
+from flashgen.compile.modules import load_kernel
+from flashgen.errors import CompileError
+from flashgen.spec import AttentionSpec
+from flashgen.target import GpuTarget
+
+# What compiled kernels assume of their arguments; who launches them must make sure.
+POINTER_ALIGNMENT_BYTES = 16
+STRIDE_ALIGNMENT = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledKernel:
+    """A kernel built for one target.
+
+    Attributes:
+        handle: Triton's own compiled kernel, which loads itself on first launch.
+        constants: values of the compile-time arguments, in the order of the signature.
+        resources: what one program takes.
+        binary_hash: equal for configs that compile to the same machine code.
+    """
+
+    handle: typing.Any
+    constants: tuple[int, ...]
+    resources: Resources
+    binary_hash: str
+
+
+def compile_kernel(
+    rendered: RenderedKernel, spec: AttentionSpec, config: KernelConfig, target: GpuTarget
+) -> CompiledKernel:
+    """Return the kernel compiled for `target`; needs no GPU, and Triton's disk cache makes a second call cheap.
+
+    The kernel assumes POINTER_ALIGNMENT_BYTES and STRIDE_ALIGNMENT of whoever launches it.
+
+    Raises:
+        CompileError: with Triton's message. Some inputs make the compiler abort the process instead: candidates
+            that nobody has compiled before belong in a worker.
+    """
+    kernel = load_kernel(rendered)
+    constants = constant_values(spec, config)
+    plan = rendered.plan
+    signature = {name: _argument_type(name, spec, config) for name in plan.arguments}
+    signature |= dict.fromkeys(plan.constants, "constexpr")
+    options: dict[str, object] = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        # Its default changes between Triton versions.
+        "enable_fp_fusion": True,
+    }
+    if config.maxnreg:
+        options["maxnreg"] = config.maxnreg
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(plan.arguments))
+    arch: int | str = target.arch if target.backend == "hip" else target.capability
+    try:
+        handle = triton_compile(source, target=GPUTarget(target.backend, arch, target.warp_size), options=options)
+    except Exception as error:
+        raise CompileError(f"{config} for {target.arch}: {type(error).__name__}: {error}") from error
+    return CompiledKernel(
+        handle=handle,
+        constants=tuple(constants[name] for name in plan.constants),
+        resources=_resources(handle, target),
+        binary_hash=hashlib.sha256(handle.kernel).hexdigest()[:16],
+    )
+
+
+def _resources(handle: typing.Any, target: GpuTarget) -> Resources:
+    if target.backend == "hip":
+        return amdgcn_resources(handle.asm["amdgcn"], handle.metadata.shared)
+    return cubin_resources(handle.asm["cubin"], handle.metadata.shared)
+
+
+def _argument_type(name: str, spec: AttentionSpec, config: KernelConfig) -> str:
+    kind = argument_kind(name)
+    element = spec.dtype.value
+    if kind == "pointer":
+        return "*fp32" if name == "lse_ptr" else f"*{element}"
+    if kind == "descriptor":
+        return f"tensordesc<{element}{list(descriptor_block(name, spec, config))}>"
+    return {"stride": "i64", "float": "fp32", "int": "i32"}[kind]
+
+
+def descriptor_block(name: str, spec: AttentionSpec, config: KernelConfig) -> tuple[int, int, int, int]:
+    """Return the tile that the descriptor argument `name` moves, over [batch, heads, seqlen, head_dim]."""
+    numbers = constant_values(spec, config)
+    rows = numbers["BLOCK_M"] if name in ("q_desc", "out_desc") else numbers["BLOCK_N"]
+    head_dim = spec.head_dim_qk if name in ("q_desc", "k_desc") else spec.head_dim_v
+    return (1, 1, rows, block_head_dim(head_dim))
+
+
+def _alignment(arguments: tuple[str, ...]) -> dict[tuple[int], list[list[object]]]:
+    # Head dimensions are multiples of 8, so strides of dense tensors are too: enough for 16-byte vectors of fp16.
+    divisor = {"pointer": POINTER_ALIGNMENT_BYTES, "stride": STRIDE_ALIGNMENT}
+    return {
+        (index,): [["tt.divisibility", divisor[kind]]]
+        for index, name in enumerate(arguments)
+        if (kind := argument_kind(name)) in divisor
+    }

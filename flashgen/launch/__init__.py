@@ -1,0 +1,19 @@
+"""Running rendered kernels: on a GPU around Triton's JIT, on a CPU through its interpreter."""
+
+from flashgen.launch.device import Software, detect_target, software_versions
+from flashgen.launch.forward import ForwardLaunch, Operands, allocate_outputs, grid_size, launch, readable
+from flashgen.launch.interpreter import fill_unseen, interpret_forward
+
+__all__ = [
+    "ForwardLaunch",
+    "Operands",
+    "Software",
+    "allocate_outputs",
+    "detect_target",
+    "fill_unseen",
+    "grid_size",
+    "interpret_forward",
+    "launch",
+    "readable",
+    "software_versions",
+]
