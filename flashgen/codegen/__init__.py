@@ -1,12 +1,14 @@
 """From a spec and a config to readable Triton source; imports neither torch nor triton."""
 
 from flashgen.codegen.config import KernelConfig, TritonForwardConfig, config_from_dict
+from flashgen.codegen.kernel_resources import KernelResources
 from flashgen.codegen.plan import ForwardPlan, argument_kind, block_head_dim, constant_values, make_plan
-from flashgen.codegen.render import RenderedKernel, code_digest, render
+from flashgen.codegen.render import RenderedKernel, code_digest, is_current, render
 
 __all__ = [
     "ForwardPlan",
     "KernelConfig",
+    "KernelResources",
     "RenderedKernel",
     "TritonForwardConfig",
     "argument_kind",
@@ -14,6 +16,7 @@ __all__ = [
     "code_digest",
     "config_from_dict",
     "constant_values",
+    "is_current",
     "make_plan",
     "render",
 ]

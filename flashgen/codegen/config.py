@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 
 from flashgen.errors import ConfigError
@@ -59,6 +60,13 @@ class TritonForwardConfig(KernelConfig):
 _CONFIG_TYPES: dict[str, type[KernelConfig]] = {TritonForwardConfig.template: TritonForwardConfig}
 
 
+@functools.cache
+def _field_names(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    fields = dataclasses.fields(_CONFIG_TYPES[template])
+    required = frozenset(field.name for field in fields if field.default is dataclasses.MISSING)
+    return frozenset(field.name for field in fields), required
+
+
 def config_from_dict(values: typing.Mapping[str, object]) -> KernelConfig:
     """Return the config that `KernelConfig.as_dict` wrote.
 
@@ -69,14 +77,13 @@ def config_from_dict(values: typing.Mapping[str, object]) -> KernelConfig:
     config_type = _CONFIG_TYPES.get(template) if isinstance(template, str) else None
     if config_type is None:
         raise ConfigError(f"unknown template {template!r}; known: {', '.join(_CONFIG_TYPES)}")
-    fields = {field.name: field for field in dataclasses.fields(config_type)}
-    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
-    unknown = sorted(map(str, values.keys() - fields.keys() - {"template"}))
+    fields, required = _field_names(config_type.template)
+    unknown = sorted(map(str, values.keys() - fields - {"template"}))
     missing = sorted(required - values.keys())
     if unknown or missing:
         raise ConfigError(
             f"config of {template}: unknown fields {unknown or 'none'}, missing fields {missing or 'none'}; "
-            f"its fields are {', '.join(fields)}"
+            f"its fields are {', '.join(sorted(fields))}"
         )
     numbers = {name: value for name, value in values.items() if name != "template"}
     for name, value in numbers.items():
@@ -85,4 +92,5 @@ def config_from_dict(values: typing.Mapping[str, object]) -> KernelConfig:
                 raise ConfigError(f"loads must be one of {', '.join(typing.get_args(Loads))}, got {value!r}")
         elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ConfigError(f"{name} must be a whole number of at least 0, got {value!r}")
-    return typing.cast("type[typing.Any]", config_type)(**numbers)
+    make: typing.Callable[..., KernelConfig] = config_type
+    return make(**numbers)

@@ -41,6 +41,11 @@ def render(spec: AttentionSpec, config: KernelConfig) -> RenderedKernel:
     return _render(spec, make_plan(spec, config))
 
 
+def is_current(spec: AttentionSpec, config: KernelConfig, digest: str) -> bool:
+    """Return whether `digest` is that of the code which `spec` and `config` render to today."""
+    return render(spec, config).digest == digest
+
+
 @functools.lru_cache(maxsize=256)
 def _render(spec: AttentionSpec, plan: ForwardPlan) -> RenderedKernel:
     template = _environment().get_template(f"{plan.template}.py.jinja")

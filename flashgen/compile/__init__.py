@@ -1,6 +1,6 @@
 """From rendered source to binaries and what they cost; imports triton, never torch."""
 
-from flashgen.compile.binary import Resources, amdgcn_resources, cubin_resources
+from flashgen.compile.binary import amdgcn_resources, cubin_resources
 from flashgen.compile.compiler import (
     POINTER_ALIGNMENT_BYTES,
     STRIDE_ALIGNMENT,
@@ -8,14 +8,16 @@ from flashgen.compile.compiler import (
     compile_kernel,
     descriptor_block,
 )
+from flashgen.compile.job import CompileReport, compile_job
 from flashgen.compile.modules import load_kernel, source_path
 
 __all__ = [
     "POINTER_ALIGNMENT_BYTES",
     "STRIDE_ALIGNMENT",
+    "CompileReport",
     "CompiledKernel",
-    "Resources",
     "amdgcn_resources",
+    "compile_job",
     "compile_kernel",
     "cubin_resources",
     "descriptor_block",

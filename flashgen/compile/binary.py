@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import struct
 
+from flashgen.codegen import KernelResources
 from flashgen.errors import CompileError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one program of a kernel takes.
-
-    Attributes:
-        registers: 32-bit registers of one thread.
-        spills: bytes of stack of one thread (spilled registers live there).
-        smem_bytes: shared memory of one program.
-    """
-
-    registers: int
-    spills: int
-    smem_bytes: int
-
 
 # Attributes of the section .nv.info, as cuobjdump names them; each record is format, attribute, length, payload.
 _FORMAT_SIZED = 0x04
@@ -30,7 +14,7 @@ _EIATTR_FRAME_SIZE = 0x11
 _EIATTR_REGCOUNT = 0x2F
 
 
-def cubin_resources(cubin: bytes, smem_bytes: int) -> Resources:
+def cubin_resources(cubin: bytes, smem_bytes: int) -> KernelResources:
     """Return the resources written in an NVIDIA ELF binary.
 
     Raises:
@@ -44,12 +28,12 @@ def cubin_resources(cubin: bytes, smem_bytes: int) -> Resources:
         position += 4
         if kind == _FORMAT_SIZED:
             if length == 8:
-                # A function's symbol index, then its value; device functions are inlined, so the maximum is the kernel's.
+                # A function's symbol index, then its value; device functions are inlined: the maximum is the kernel's.
                 values[attribute] = max(values.get(attribute, 0), struct.unpack_from("<II", data, position)[1])
             position += length
     if _EIATTR_REGCOUNT not in values:
         raise CompileError("the binary names no register count in .nv.info: not a CUDA kernel, or an unknown format")
-    return Resources(
+    return KernelResources(
         registers=values[_EIATTR_REGCOUNT], spills=values.get(_EIATTR_FRAME_SIZE, 0), smem_bytes=smem_bytes
     )
 
@@ -71,7 +55,7 @@ def _elf_section(binary: bytes, name: bytes) -> bytes:
 _AMD_FIELDS = {"registers": ("vgpr_count",), "spills": ("vgpr_spill_count", "sgpr_spill_count")}
 
 
-def amdgcn_resources(assembly: str, smem_bytes: int) -> Resources:
+def amdgcn_resources(assembly: str, smem_bytes: int) -> KernelResources:
     """Return the resources written in AMD assembly text (spills counted in registers, turned to bytes).
 
     Raises:
@@ -83,4 +67,4 @@ def amdgcn_resources(assembly: str, smem_bytes: int) -> Resources:
         if None in found:
             raise CompileError(f"the assembly names no {' or '.join(names)}")
         totals[field] = sum(int(match.group(1)) for match in found if match)
-    return Resources(registers=totals["registers"], spills=4 * totals["spills"], smem_bytes=smem_bytes)
+    return KernelResources(registers=totals["registers"], spills=4 * totals["spills"], smem_bytes=smem_bytes)

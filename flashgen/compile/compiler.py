@@ -10,9 +10,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-from flashgen.codegen import KernelConfig, RenderedKernel, argument_kind, constant_values
+from flashgen.codegen import KernelConfig, KernelResources, RenderedKernel, argument_kind, constant_values
 from flashgen.codegen.plan import block_head_dim
-from flashgen.compile.binary import Resources, amdgcn_resources, cubin_resources
+from flashgen.compile.binary import amdgcn_resources, cubin_resources
 from flashgen.compile.modules import load_kernel
 from flashgen.errors import CompileError
 from flashgen.spec import AttentionSpec
@@ -36,7 +36,7 @@ class CompiledKernel:
 
     handle: typing.Any
     constants: tuple[int, ...]
-    resources: Resources
+    resources: KernelResources
     binary_hash: str
 
 
@@ -78,7 +78,7 @@ def compile_kernel(
     )
 
 
-def _resources(handle: typing.Any, target: GpuTarget) -> Resources:
+def _resources(handle: typing.Any, target: GpuTarget) -> KernelResources:
     if target.backend == "hip":
         return amdgcn_resources(handle.asm["amdgcn"], handle.metadata.shared)
     return cubin_resources(handle.asm["cubin"], handle.metadata.shared)

@@ -41,7 +41,8 @@ def load_kernel(rendered: RenderedKernel) -> typing.Any:
 
 def _import_file(path: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"flashgen_rendered.{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

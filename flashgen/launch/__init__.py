@@ -1,7 +1,15 @@
 """Running rendered kernels: on a GPU around Triton's JIT, on a CPU through its interpreter."""
 
 from flashgen.launch.device import Software, detect_target, software_versions
-from flashgen.launch.forward import ForwardLaunch, Operands, allocate_outputs, grid_size, launch, readable
+from flashgen.launch.forward import (
+    ForwardLaunch,
+    Operands,
+    allocate_outputs,
+    bind_forward,
+    grid_size,
+    launch,
+    readable,
+)
 from flashgen.launch.interpreter import fill_unseen, interpret_forward
 
 __all__ = [
@@ -9,6 +17,7 @@ __all__ = [
     "Operands",
     "Software",
     "allocate_outputs",
+    "bind_forward",
     "detect_target",
     "fill_unseen",
     "grid_size",

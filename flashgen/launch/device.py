@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 
 import torch
+import triton
 
+import flashgen
 from flashgen.errors import InputError
 from flashgen.target import GpuTarget, known_targets, named_target
 
@@ -54,9 +55,9 @@ class Software:
 def software_versions() -> Software:
     """Return the versions of flashgen, Triton, PyTorch and, where a GPU is, its driver."""
     return Software(
-        flashgen=importlib.metadata.version("flashgen"),
-        triton=importlib.metadata.version("triton"),
-        torch=torch.__version__,
+        flashgen=flashgen.__version__,
+        triton=triton.__version__,
+        torch=str(torch.__version__),
         driver=_driver_version(),
     )
 

@@ -10,7 +10,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flashgen.codegen import KernelConfig, TritonForwardConfig, argument_kind, constant_values
+from flashgen.codegen import KernelConfig, TritonForwardConfig, argument_kind, constant_values, render
 from flashgen.codegen.plan import ForwardPlan
 from flashgen.compile import STRIDE_ALIGNMENT, CompiledKernel, descriptor_block
 from flashgen.errors import ConfigError, InputError
@@ -28,6 +28,12 @@ class Operands:
     k: tuple[int, ...]
     v: tuple[int, ...]
     out: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: typing.Mapping[str, torch.Tensor], problem: Problem) -> Operands:
+        """Return the normalised strides of the tensors q, k, v and out."""
+        strides = {name: tensors[name].stride() for name in ("q", "k", "v", "out")}
+        return cls(**strides).normalised(problem)
 
     def sizes(self, problem: Problem, name: str) -> tuple[int, int, int, int]:
         """Return [batch, heads, seqlen, head_dim] of one operand."""
@@ -63,12 +69,10 @@ class Operands:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Return whether kernels can read a tensor in place: unit last stride, others multiples of 8, 16-byte aligned."""
+    """Return whether kernels can read a tensor's strides in place: 1 for the last, multiples of 8 for the others."""
     strides = tensor.stride()
-    return (
-        strides[-1] == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(s % STRIDE_ALIGNMENT == 0 for s, n in zip(strides[:-1], tensor.shape, strict=False) if n != 1)
+    return strides[-1] == 1 and all(
+        stride % STRIDE_ALIGNMENT == 0 for stride, size in zip(strides, tensor.shape[:-1], strict=False) if size != 1
     )
 
 
@@ -178,6 +182,31 @@ def descriptor_fields(name: str, problem: Problem, config: KernelConfig, operand
     return dict(prototype.__dict__)
 
 
+def bind_forward(
+    problem: Problem,
+    config: KernelConfig,
+    compiled: CompiledKernel,
+    softmax_scale: float,
+    tensors: typing.Mapping[str, torch.Tensor],
+) -> typing.Callable[[], None]:
+    """Return a call without arguments that launches a compiled kernel on fixed tensors: what a benchmark times.
+
+    Args:
+        tensors: q, k, v, out as [batch, heads, seqlen, head_dim] views, and lse where the spec has it.
+    """
+    operands = Operands.of(tensors, problem)
+    bound = ForwardLaunch(
+        plan=render(problem.spec, config).plan,
+        compiled=compiled,
+        problem=problem,
+        config=config,
+        operands=operands,
+        softmax_scale=softmax_scale,
+    )
+    q, k, v, out, lse = (tensors.get(name) for name in _TENSOR_SLOTS)
+    return lambda: bound(q, k, v, out, lse)
+
+
 def kernel_arguments(
     plan: ForwardPlan,
     problem: Problem,
@@ -190,7 +219,7 @@ def kernel_arguments(
     Args:
         tensors: q, k, v, out as [batch, heads, seqlen, head_dim] views, and lse where the spec has it.
     """
-    operands = Operands(**{name: tensors[name].stride() for name in ("q", "k", "v", "out")}).normalised(problem)
+    operands = Operands.of(tensors, problem)
     values: dict[str, object] = dict(launch_values(problem, config, operands, softmax_scale))
     arguments: dict[str, object] = {}
     for name in plan.arguments:

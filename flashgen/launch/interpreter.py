@@ -78,7 +78,8 @@ def run_interpreted(kernel: typing.Any, grid: int, arguments: typing.Mapping[str
     except Exception as error:
         if "only 0-dimensional arrays" in str(error) or "only length-1 arrays" in str(error):
             raise UnsupportedError(
-                f"Triton {triton.__version__} cannot interpret loops with this NumPy; install numpy<2.4 or triton>=3.7.1"
+                f"Triton {triton.__version__} cannot interpret loops with this NumPy; "
+                "install numpy<2.4 or triton>=3.7.1"
             ) from error
         raise
 

@@ -72,7 +72,5 @@ def _assemble(text: str, numbers: dict[str, int], mask: Mask, dtype: DType, lse:
         nheads_q=heads,
         nheads_kv=numbers.get("hkv", numbers.get("h", heads)),
     )
-    spec = AttentionSpec(
-        dtype=dtype, head_dim_qk=head_dim, head_dim_v=numbers.get("dv", head_dim), mask=mask, lse=lse
-    )
+    spec = AttentionSpec(dtype=dtype, head_dim_qk=head_dim, head_dim_v=numbers.get("dv", head_dim), mask=mask, lse=lse)
     return Problem(spec=spec, shape=shape)

@@ -1,0 +1,49 @@
+"""flashgen: attention kernels generated, tuned and dispatched for your GPU.
+
+`flashgen.attention(q, k, v)` runs the best kernel known for the call; `flashgen tune` finds it. Nothing heavy is
+imported until it is used: `import flashgen` alone loads neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from flashgen.errors import FlashgenError as FlashgenError
+    from flashgen.ops import attention as attention
+    from flashgen.ops import explain as explain
+    from flashgen.ops import interpreting as interpreting
+    from flashgen.ops import warmup as warmup
+    from flashgen.registry import use_bundle as use
+    from flashgen.spec import masks as masks
+    from flashgen.tuning import tune as tune
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FlashgenError": ("flashgen.errors", "FlashgenError"),
+    "attention": ("flashgen.ops", "attention"),
+    "explain": ("flashgen.ops", "explain"),
+    "interpreting": ("flashgen.ops", "interpreting"),
+    "masks": ("flashgen.spec.masks", None),
+    "tune": ("flashgen.tuning", "tune"),
+    "use": ("flashgen.registry", "use_bundle"),
+    "warmup": ("flashgen.ops", "warmup"),
+}
+
+__all__ = ["FlashgenError", "attention", "explain", "interpreting", "masks", "tune", "use", "warmup"]
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flashgen' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module_name, attribute = _HOME[name]
+    module = importlib.import_module(module_name)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,143 @@
+"""`flashgen bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import typer
+
+from flashgen.cli import options
+from flashgen.cli.configs import parse_config, short_config
+from flashgen.cli.exits import FAILED
+from flashgen.cli.lookup import selection_document
+from flashgen.cli.output import note, print_json, print_table, ratio
+from flashgen.cli.problems import resolve_problems, words
+from flashgen.cli.targets import require_gpu
+from flashgen.errors import InputError
+
+if typing.TYPE_CHECKING:
+    from flashgen.cli.comparison import Comparison
+    from flashgen.measure.peers import Peer
+
+EXAMPLE = "flashgen bench --preset llama3-8b --peers cudnn,flash,flex --host"
+
+Peers = typing.Annotated[
+    str | None,
+    typer.Option("--peers", metavar="LIST", help="Measured beside: cudnn, flash, efficient, flex, fa3; default: all."),
+]
+Milliseconds = typing.Annotated[
+    float, typer.Option("--ms", min=1, help="Device time spent on each implementation, in milliseconds.")
+]
+Host = typing.Annotated[bool, typer.Option("--host", help="Also measure what a call costs the host.")]
+
+
+def bench(
+    model: options.Model = None,
+    preset: options.Preset = None,
+    shape: options.Shapes = None,
+    phase: options.Phase = "forward",
+    seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
+    device: options.Device = None,
+    registry: options.Registry = None,
+    config: options.Config = None,
+    peers: Peers = None,
+    ms: Milliseconds = 100,
+    host: Host = False,
+    as_json: options.Json = False,
+) -> None:
+    """Time flashgen.attention beside cuDNN, FlashAttention and FlexAttention, on a cold L2 cache; needs a GPU."""
+    problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
+    chosen = parse_config(config)
+    gpu = require_gpu(device, "bench")
+    import torch
+
+    from flashgen.cli.comparison import OURS, compare
+    from flashgen.measure import CudaClock
+
+    contenders = _peers(peers)
+    comparisons = []
+    with torch.cuda.device(gpu):
+        clock = CudaClock(gpu)
+        for problem in problems:
+            result = compare(
+                problem,
+                contenders,
+                device=gpu,
+                clock=clock,
+                target_ms=ms,
+                host=host,
+                config=chosen,
+                registry=registry,
+            )
+            comparisons.append(result)
+            note(f"{len(comparisons)}/{len(problems)} {problem}")
+            for name, reason in result.absent.items():
+                note(f"  {name} not timed: {reason}")
+    if as_json:
+        print_json({"device": str(gpu), "problems": [_document(comparison) for comparison in comparisons]})
+    else:
+        show_comparisons(comparisons)
+    if any(OURS not in comparison.timings for comparison in comparisons):
+        raise typer.Exit(FAILED)
+
+
+def _peers(text: str | None) -> list[Peer]:
+    from flashgen.measure.peers import PEERS
+
+    if text is None:
+        return list(PEERS.values())
+    unknown = [name for name in words(text) if name not in PEERS]
+    if unknown:
+        raise InputError(f"unknown peers {', '.join(unknown)}; known: {', '.join(PEERS)}")
+    return [PEERS[name] for name in words(text)]
+
+
+def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
+    """Print one line for each implementation of each problem, and what calls cost the host where it was measured."""
+    from flashgen.cli.comparison import OURS
+    from flashgen.measure import tflops
+
+    rows, host_rows = [], []
+    for comparison in comparisons:
+        ours = comparison.timings.get(OURS)
+        problem = str(comparison.problem)
+        for name, timing in comparison.timings.items():
+            report = comparison.accuracy[name]
+            selection = comparison.selection
+            rows.append(
+                (
+                    problem,
+                    name,
+                    f"{short_config(selection.config)} ({selection.rung})" if name == OURS else "",
+                    f"{timing.median_us:.1f}",
+                    f"{tflops(comparison.problem, timing.median_us):.1f}",
+                    ratio(timing.median_us, ours.median_us if ours else None),
+                    f"{100 * timing.spread:.1f}%",
+                    f"{report.max_error:.2g} of {report.allowed_error:.2g}",
+                )
+            )
+        host_rows += [(problem, name, f"{us:.2f}") for name, us in comparison.host_us.items()]
+    numeric = ("us", "TFLOP/s", "flashgen is faster by", "spread")
+    print_table(("problem", "implementation", "kernel", *numeric, "error of allowed"), rows, numeric=numeric)
+    if host_rows:
+        print_table(("problem", "on the host", "us a call"), host_rows, numeric=("us a call",))
+
+
+def _document(comparison: Comparison) -> dict[str, object]:
+    from flashgen.measure import tflops
+
+    return {
+        "problem": str(comparison.problem),
+        "selection": selection_document(comparison.selection),
+        "timings": {
+            name: {**dataclasses.asdict(timing), "tflops": tflops(comparison.problem, timing.median_us)}
+            for name, timing in comparison.timings.items()
+        },
+        "accuracy": {
+            name: {"ok": report.ok, "max_error": str(report.max_error), "allowed_error": report.allowed_error}
+            for name, report in comparison.accuracy.items()
+        },
+        "absent": comparison.absent,
+        "host_us": comparison.host_us,
+    }

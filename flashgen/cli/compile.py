@@ -1,0 +1,134 @@
+"""`flashgen compile`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import typing
+from pathlib import Path
+
+import typer
+
+from flashgen.cli import options
+from flashgen.cli.configs import parse_config, short_config
+from flashgen.cli.lookup import load_registry, select_all
+from flashgen.cli.output import note, print_json, print_table
+from flashgen.cli.problems import resolve_problems, words
+from flashgen.cli.targets import resolve_target
+from flashgen.codegen import RenderedKernel, render
+from flashgen.errors import FlashgenError, InputError
+from flashgen.target import GpuTarget, named_target
+
+if typing.TYPE_CHECKING:
+    from flashgen.compile import CompiledKernel
+    from flashgen.dispatch import Selection
+
+EXAMPLE = "flashgen compile --preset quick --target sm_80,sm_90,gfx942 --out build/"
+
+Targets = typing.Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="LIST", help="GPUs by name, repeated or separated by commas; they need not be here."
+    ),
+]
+Out = typing.Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Write binaries, assembly and sources into this folder.")
+]
+
+
+def compile_kernels(
+    model: options.Model = None,
+    preset: options.Preset = None,
+    shape: options.Shapes = None,
+    phase: options.Phase = "forward",
+    seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
+    device: options.Device = None,
+    target: Targets = None,
+    registry: options.Registry = None,
+    config: options.Config = None,
+    out: Out = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compile the kernels that would run, for any GPU and without one: registers, spills, shared memory."""
+    problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
+    targets = _targets(device, target)
+    loaded, chosen = load_registry(registry), parse_config(config)
+    results = [
+        _compile(selection, out) for each in targets for selection in select_all(problems, each, loaded, config=chosen)
+    ]
+    if as_json:
+        print_json({"kernels": [result.document() for result in results]})
+    else:
+        numeric = ("registers", "spill bytes", "smem bytes", "binary bytes", "s")
+        print_table(("problem", "target", "config", *numeric), [result.row() for result in results], numeric=numeric)
+
+
+def _targets(device: str | None, names: list[str] | None) -> tuple[GpuTarget, ...]:
+    listed = [word for text in names or () for word in words(text)]
+    if not listed:
+        return (resolve_target(device, None),)
+    if device is not None:
+        raise InputError(f"give either --device {device} or --target {', '.join(listed)}")
+    return tuple(dict.fromkeys(map(named_target, listed)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Result:
+    selection: Selection
+    compiled: CompiledKernel
+    seconds: float
+    files: tuple[Path, ...]
+
+    def row(self) -> tuple[str, ...]:
+        used = self.compiled.resources
+        numbers = (used.registers, used.spills, used.smem_bytes, len(self.compiled.handle.kernel))
+        place = (str(self.selection.problem), str(self.selection.target), short_config(self.selection.config))
+        return (*place, *map(str, numbers), f"{self.seconds:.2f}")
+
+    def document(self) -> dict[str, object]:
+        return {
+            "problem": str(self.selection.problem),
+            "device": self.selection.target.device_name,
+            "arch": self.selection.target.arch,
+            "config": self.selection.config.as_dict(),
+            **dataclasses.asdict(self.compiled.resources),
+            "binary_bytes": len(self.compiled.handle.kernel),
+            "binary_hash": self.compiled.binary_hash,
+            "seconds": round(self.seconds, 3),
+            "files": [str(path) for path in self.files],
+        }
+
+
+def _compile(selection: Selection, out: Path | None) -> _Result:
+    from flashgen.compile import compile_kernel
+
+    spec = selection.problem.spec
+    rendered = render(spec, selection.config)
+    start = time.perf_counter()
+    compiled = compile_kernel(rendered, spec, selection.config, selection.target)
+    seconds = time.perf_counter() - start
+    files = () if out is None else _write(out, rendered, compiled, selection.target)
+    return _Result(selection=selection, compiled=compiled, seconds=seconds, files=files)
+
+
+_ASSEMBLY = {"cuda": "ptx", "hip": "amdgcn"}
+_BINARY = {"cuda": "cubin", "hip": "hsaco"}
+
+
+def _write(folder: Path, rendered: RenderedKernel, compiled: CompiledKernel, target: GpuTarget) -> tuple[Path, ...]:
+    """Write the binary, the assembly and the source of one kernel, and return the files."""
+    stem = f"{rendered.entry_point}_{rendered.digest}_{target.arch}_{compiled.binary_hash}"
+    assembly, binary = _ASSEMBLY[target.backend], _BINARY[target.backend]
+    contents = {
+        f"{stem}.{binary}": compiled.handle.kernel,
+        f"{stem}.{assembly}": compiled.handle.asm[assembly].encode(),
+        f"{rendered.entry_point}_{rendered.digest}.py": rendered.source.encode(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        raise FlashgenError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    note(f"wrote {folder / stem}.{binary}, .{assembly} and the source")
+    return tuple(folder / name for name in contents)

@@ -1,0 +1,61 @@
+"""What the dispatcher answers for the problems of a command line."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashgen.cli.output import note
+from flashgen.codegen import KernelConfig
+from flashgen.registry import Registry, load, search_locations
+from flashgen.spec import Problem
+from flashgen.target import GpuTarget
+
+if typing.TYPE_CHECKING:
+    from flashgen.dispatch import Selection
+
+
+def load_registry(path: Path | None) -> Registry:
+    """Return the registry of the search path, `path` first; what was skipped goes to stderr."""
+    registry = load(search_locations(path))
+    for issue in registry.issues:
+        note(f"skipped in the registry: {issue}")
+    return registry
+
+
+def select_all(
+    problems: Sequence[Problem], target: GpuTarget, registry: Registry, config: KernelConfig | None = None
+) -> tuple[Selection, ...]:
+    """Return the selection for each problem of dense tensors.
+
+    Raises:
+        ConfigError: if `config` is illegal for one of them.
+        NoKernelError: if nothing can run one of them.
+    """
+    from flashgen.dispatch import select
+    from flashgen.launch import software_versions
+
+    software = software_versions()
+    return tuple(select(problem, target, registry=registry, software=software, config=config) for problem in problems)
+
+
+def is_tuned(selection: Selection) -> bool:
+    """Return whether a choice is founded on a registry entry, or is the caller's own."""
+    return selection.rung not in ("heuristic", "safe default")
+
+
+def selection_document(selection: Selection) -> dict[str, object]:
+    """Return a selection as plain values for JSON."""
+    return {
+        "problem": str(selection.problem),
+        "device": selection.target.device_name,
+        "arch": selection.target.arch,
+        "config": selection.config.as_dict(),
+        "rung": selection.rung,
+        "origin": selection.origin,
+        "distance": selection.distance,
+        "file": str(selection.path) if selection.path else None,
+        "entry": selection.entry.as_dict() if selection.entry else None,
+        "refused": [{"candidate": r.candidate, "reason": r.reason} for r in selection.refused],
+    }

@@ -1,0 +1,73 @@
+"""`flashgen show`."""
+
+from __future__ import annotations
+
+from flashgen.cli import options
+from flashgen.cli.configs import short_config
+from flashgen.cli.output import note, print_json, print_table, ratio
+from flashgen.codegen import is_current
+from flashgen.registry import FileIssue, Located, RegistryEntry, load, search_locations
+
+EXAMPLE = "flashgen show --registry tuned/"
+
+
+def show(registry: options.Registry = None, as_json: options.Json = False) -> None:
+    """List what is in the registries: from where, how fast, and whether it still speaks of today's templates."""
+    locations = search_locations(registry)
+    loaded = load(locations)
+    # Entries first: a damaged index is found out, and its file's issues with it, while they are decoded.
+    entries, issues = loaded.entries(), loaded.issues
+    if as_json:
+        print_json(
+            {
+                "searched": [{"label": location.label, "path": str(location.path)} for location in locations],
+                "entries": [_entry_document(located) for located in entries],
+                "skipped": [_issue_document(issue) for issue in issues],
+            }
+        )
+        return
+    if entries:
+        print_table(_COLUMNS, map(_row, entries), numeric=("us", "TFLOP/s", "vs baseline"))
+    else:
+        searched = ", ".join(f"{location.path} ({location.label})" for location in locations)
+        note(f"no entries; searched {searched}; `flashgen tune` makes some")
+    for issue in issues:
+        note(f"skipped: {issue}")
+
+
+_COLUMNS = (
+    *("from", "file", "device", "spec", "measured at", "config", "us", "TFLOP/s", "vs baseline", "origin", "state"),
+)
+
+
+def _row(located: Located) -> tuple[str, ...]:
+    entry = located.entry
+    performance = entry.performance
+    beside = ratio(performance.baseline_us, performance.median_us)
+    return (
+        located.location.label,
+        located.path.name,
+        f"{entry.device_name} ({entry.arch})",
+        str(entry.spec),
+        str(entry.range),
+        short_config(entry.config),
+        f"{performance.median_us:g}",
+        f"{performance.tflops:g}",
+        f"{beside} {performance.baseline}" if performance.baseline_us else beside,
+        entry.origin,
+        _state(entry),
+    )
+
+
+def _state(entry: RegistryEntry) -> str:
+    current = is_current(entry.spec, entry.config, entry.provenance.template_digest)
+    return "current" if current else "stale"
+
+
+def _entry_document(located: Located) -> dict[str, object]:
+    place = {"from": located.location.label, "file": str(located.path), "state": _state(located.entry)}
+    return {**place, **located.entry.as_dict()}
+
+
+def _issue_document(issue: FileIssue) -> dict[str, object]:
+    return {"file": str(issue.path), "line": issue.line, "reason": issue.reason}

@@ -1,0 +1,102 @@
+"""`flashgen tune`."""
+
+from __future__ import annotations
+
+import re
+import typing
+
+import typer
+
+from flashgen.cli import options
+from flashgen.cli.exits import FAILED, INTERRUPTED
+from flashgen.cli.output import note, print_json
+from flashgen.cli.problems import resolve_problems
+from flashgen.cli.targets import resolve_target
+from flashgen.errors import InputError
+
+EXAMPLE = "flashgen tune --model Llama-3-8B/config.json --effort full --budget 30m"
+
+Effort = typing.Annotated[
+    str, typer.Option("--effort", metavar="LEVEL", help="How hard to search: check, quick or full.")
+]
+Budget = typing.Annotated[
+    str | None,
+    typer.Option("--budget", metavar="TIME", help="Wall-clock limit of the whole run: 90s, 5m, 1h30m; default: none."),
+]
+Study = typing.Annotated[
+    str | None,
+    typer.Option("--study", metavar="URL", help="Optuna storage that holds the trials; default: in the cache."),
+]
+Workers = typing.Annotated[
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Compiling processes; default: by the CPU's cores.")
+]
+Seed = typing.Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the search.")]
+
+
+def tune(
+    model: options.Model = None,
+    preset: options.Preset = None,
+    shape: options.Shapes = None,
+    phase: options.Phase = "forward",
+    seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
+    device: options.Device = None,
+    target: options.Target = None,
+    registry: options.Registry = None,
+    effort: Effort = "quick",
+    budget: Budget = None,
+    study: Study = None,
+    workers: Workers = None,
+    seed: Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Search the best config for each problem: compile, check, time, and write the registry (--registry, a folder).
+
+    Without a GPU a model ranks the candidates, and the entries are marked as predicted.
+    """
+    problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
+    budget_s = None if budget is None else parse_seconds(budget)
+    gpu_target = None if target is None else resolve_target(device, target)
+    import flashgen.tuning
+    from flashgen.cli.tune_report import print_report, report_document
+    from flashgen.cli.tune_view import watching
+
+    with watching() as observer:
+        report = flashgen.tuning.tune(
+            problems,
+            target=gpu_target,
+            device=device,
+            effort=effort,
+            budget_s=budget_s,
+            seed=seed,
+            registry=registry,
+            study=study,
+            workers=workers,
+            observer=observer,
+        )
+    if as_json:
+        print_json(report_document(report))
+    else:
+        print_report(report)
+    if report.interrupted:
+        saved = ", ".join(map(str, report.files)) or "no entry yet"
+        note(f"interrupted; saved: {saved}; the same command goes on from {report.study}")
+        raise typer.Exit(INTERRUPTED)
+    if any(result.entry is None for result in report.results):
+        raise typer.Exit(FAILED)
+
+
+_UNITS_S = {"h": 3600, "m": 60, "s": 1}
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds that `90s`, `5m`, `1h30m` or a bare number of seconds mean.
+
+    Raises:
+        InputError: for anything else, or nothing at all.
+    """
+    bare = f"{text}s" if text.isdecimal() else text
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", bare)
+    seconds = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != bare or seconds <= 0:
+        raise InputError(f"--budget takes a time such as 90s, 5m or 1h30m, got {text!r}")
+    return seconds

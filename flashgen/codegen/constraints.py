@@ -1,0 +1,188 @@
+"""Which configs are legal for a spec on a GPU: one named predicate per limit.
+
+A predicate returns None, or the reason in one sentence with the numbers. Each refuses only what surely fails to
+compile, fails to launch or spills its accumulators: what it lets through in doubt, a real compile settles.
+Search spaces name predicates; `check_config` applies them all.
+"""
+
+from __future__ import annotations
+
+import typing
+
+from flashgen.codegen.config import KernelConfig, TritonForwardConfig
+from flashgen.codegen.plan import block_head_dim
+from flashgen.errors import ConfigError
+from flashgen.spec import AttentionSpec, DType
+from flashgen.target import GpuTarget
+
+Constraint = typing.Callable[[TritonForwardConfig, AttentionSpec, GpuTarget], "str | None"]
+
+_ROWS_PER_WARP = 16  # rows of the smallest matrix-unit tile, NVIDIA's mma and AMD's mfma alike
+_MAX_THREADS = 1024  # of one program
+_MAX_DESCRIPTOR_BOX = 256  # elements along one axis of a bulk copy
+_MAX_FP32_TILE = 128 * 64  # scores of one tile; ieee float32 products are unrolled FMAs
+_MAX_REGISTERS = {"cuda": 255, "hip": 512}  # of one thread; 512 counts AMD's accumulation registers
+_SPARE_REGISTERS = 16  # for addresses, row maxima and sums; what else the loop holds can be spilled cheaply
+
+
+def block_power_of_two(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Tiles have power-of-two sides of at least 16, as `tl.dot` needs."""
+    for name, size in (("block_m", config.block_m), ("block_n", config.block_n)):
+        if size < 16 or size & (size - 1):
+            return f"{name}={size} is not a power of two of at least 16"
+    return None
+
+
+def launch_within_limits(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """A program has a power of two of warps and at most 1024 threads; pipeline and head group hold at least one."""
+    if config.num_warps < 1 or config.num_warps & (config.num_warps - 1):
+        return f"num_warps={config.num_warps} is not a power of two"
+    threads = config.num_warps * target.warp_size
+    if threads > _MAX_THREADS:
+        return f"{config.num_warps} warps of {target.warp_size} are {threads} threads, more than {_MAX_THREADS}"
+    if config.num_stages < 1:
+        return f"num_stages={config.num_stages} is less than 1"
+    if config.head_group < 1:
+        return f"head_group={config.head_group} is less than 1"
+    return None
+
+
+def warps_fit_tile(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Every warp owns 16 query rows of its own, so that a row's softmax never crosses warps."""
+    rows = _ROWS_PER_WARP * config.num_warps
+    if config.block_m < rows:
+        return f"block_m={config.block_m} gives {config.num_warps} warps fewer than {_ROWS_PER_WARP} rows each"
+    return None
+
+
+def shared_memory_fits(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """The K and V tiles in flight, and Q where the matrix unit reads it there, fit one program's shared memory."""
+    needed = shared_memory_lower_bound(config, spec, target)
+    if needed > target.smem_bytes:
+        return f"needs at least {needed} bytes of shared memory, {target.device_name} has {target.smem_bytes}"
+    return None
+
+
+def shared_memory_lower_bound(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> int:
+    """Return the fewest bytes of shared memory that Triton's software pipeline can take for this config.
+
+    An asynchronous product (Hopper, Blackwell) reads a stage while the next ones fill, and reads Q from shared memory:
+    `num_stages` tiles each of K and V, and Q; unpipelined, K and V take turns in one buffer. A synchronous product has
+    moved its tile to registers: one stage less, and Q need not stay.
+    """
+    itemsize = spec.dtype.itemsize
+    k_tile = config.block_n * block_head_dim(spec.head_dim_qk) * itemsize
+    v_tile = config.block_n * block_head_dim(spec.head_dim_v) * itemsize
+    if not _product_is_async(config, spec, target):
+        return (config.num_stages - 1) * (k_tile + v_tile)
+    q_tile = config.block_m * block_head_dim(spec.head_dim_qk) * itemsize
+    return q_tile + (max(k_tile, v_tile) if config.num_stages == 1 else config.num_stages * (k_tile + v_tile))
+
+
+def _product_is_async(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> bool:
+    """Return whether Triton picks the matrix instructions that whole warpgroups issue from shared memory."""
+    whole_warpgroups = config.block_m >= 64 and config.num_warps >= 4
+    return whole_warpgroups and spec.dtype is not DType.FP32 and (target.has_wgmma or _has_tensor_memory(target))
+
+
+def _has_tensor_memory(target: GpuTarget) -> bool:
+    return target.capability // 10 == 10
+
+
+def accumulator_fits_registers(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """The float32 scores and output of a tile fit the registers of its threads."""
+    threads = max(config.num_warps, 1) * target.warp_size
+    dims = block_head_dim(spec.head_dim_v)
+    # Tensor memory holds both; registers see one at a time, for the softmax or the rescale.
+    in_tensor_memory = _has_tensor_memory(target) and _product_is_async(config, spec, target)
+    columns = max(dims, config.block_n) if in_tensor_memory else dims + config.block_n
+    needed = config.block_m * columns // threads + _SPARE_REGISTERS
+    limit = min(_MAX_REGISTERS[target.backend], target.registers_per_sm // threads)
+    limit = min(limit, config.maxnreg or limit)
+    if needed > limit:
+        return f"accumulators of {config.block_m}x{columns} need about {needed} registers a thread of {limit}"
+    return None
+
+
+def descriptor_needs_tma(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Descriptors pay only where they are hardware bulk copies."""
+    if config.loads == "descriptor" and not target.has_tma:
+        return f"loads=descriptor needs bulk copies (sm_90 and later), {target.arch} has none"
+    return None
+
+
+def descriptor_alignment(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """A bulk copy moves rows of a multiple of 16 bytes in boxes of at most 256 a side."""
+    if config.loads != "descriptor":
+        return None
+    for name, dims in (("head_dim_qk", spec.head_dim_qk), ("head_dim_v", spec.head_dim_v)):
+        if dims * spec.dtype.itemsize % 16:
+            return f"rows of {name}={dims} {spec.dtype} are not a multiple of 16 bytes, as loads=descriptor needs"
+    box = max(config.block_m, config.block_n, block_head_dim(spec.head_dim_qk), block_head_dim(spec.head_dim_v))
+    if box > _MAX_DESCRIPTOR_BOX:
+        return f"a tile side of {box} is more than the {_MAX_DESCRIPTOR_BOX} that loads=descriptor moves at once"
+    return None
+
+
+def maxnreg_legal(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """A register limit is one that ptxas takes and that leaves room for one program on a multiprocessor."""
+    if config.maxnreg == 0:
+        return None
+    if target.backend == "hip":
+        return f"maxnreg={config.maxnreg} has no meaning on {target.arch}; only 0 is allowed"
+    if not 64 <= config.maxnreg <= 255 or config.maxnreg % 8:
+        return f"maxnreg={config.maxnreg} is neither 0 nor a multiple of 8 from 64 to 248"
+    threads = target.warp_size * config.num_warps
+    registers = threads * config.maxnreg
+    if registers > target.registers_per_sm:
+        return (
+            f"maxnreg={config.maxnreg} takes {registers} registers for {threads} threads of {target.registers_per_sm}"
+        )
+    return None
+
+
+def fp32_tile_limited(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Tiles of float32 stay small: beyond 128x64 scores they compile for minutes and spill."""
+    tile = config.block_m * config.block_n
+    if spec.dtype is DType.FP32 and tile > _MAX_FP32_TILE:
+        return f"a {config.block_m}x{config.block_n} tile of fp32 has {tile} scores, more than {_MAX_FP32_TILE}"
+    return None
+
+
+CONSTRAINTS: dict[str, Constraint] = {
+    predicate.__name__: predicate
+    for predicate in (
+        block_power_of_two,
+        launch_within_limits,
+        warps_fit_tile,
+        fp32_tile_limited,
+        descriptor_needs_tma,
+        descriptor_alignment,
+        maxnreg_legal,
+        shared_memory_fits,
+        accumulator_fits_registers,
+    )
+}
+
+
+def check_config(config: KernelConfig, spec: AttentionSpec, target: GpuTarget) -> tuple[str, ...]:
+    """Return every reason why `config` is illegal for `spec` on `target`; empty when it is legal.
+
+    Raises:
+        ConfigError: if the config belongs to a template without constraints.
+    """
+    if not isinstance(config, TritonForwardConfig):
+        raise ConfigError(f"no constraints for template {config.template!r}; known: {TritonForwardConfig.template}")
+    reasons = (predicate(config, spec, target) for predicate in CONSTRAINTS.values())
+    return tuple(reason for reason in reasons if reason is not None)
+
+
+def require_legal(config: KernelConfig, spec: AttentionSpec, target: GpuTarget) -> None:
+    """Return if `config` is legal.
+
+    Raises:
+        ConfigError: listing every reason why it is not.
+    """
+    reasons = check_config(config, spec, target)
+    if reasons:
+        raise ConfigError(f"{config} is illegal for {spec} on {target}: {'; '.join(reasons)}")

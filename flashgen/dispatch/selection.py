@@ -1,0 +1,91 @@
+"""The answer of the dispatcher: which config, on which rung of the ladder, and why not the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+from flashgen.codegen import KernelConfig
+from flashgen.registry import Origin, RegistryEntry
+from flashgen.spec import Problem
+from flashgen.target import GpuTarget
+
+Rung = typing.Literal[
+    "explicit", "exact", "other software", "nearest", "other device", "predicted", "heuristic", "safe default"
+]
+RUNGS: tuple[Rung, ...] = typing.get_args(Rung)
+
+_MEANING: dict[Rung, str] = {
+    "explicit": "the config that the caller gave",
+    "exact": "measured on this device and software, at these sizes",
+    "other software": "measured on this device at these sizes, under other versions",
+    "nearest": "measured on this device, at the nearest sizes of the same regime",
+    "other device": "measured on another device of this architecture",
+    "predicted": "ranked by a model and checked in the interpreter, never timed on a GPU",
+    "heuristic": "nothing tuned fits; a config that usually does well here",
+    "safe default": "nothing tuned fits; a small config that runs anywhere",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A candidate that was not taken, and why."""
+
+    candidate: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.candidate}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What runs for a problem, and how well founded the choice is.
+
+    Attributes:
+        problem: what was asked for.
+        target: the GPU it was asked for.
+        config: what runs.
+        rung: how well the choice is founded, best first in `RUNGS`.
+        entry: the registry entry it comes from, or None.
+        path: the entry's file, or None.
+        distance: how far the sizes are from what was measured, in powers of two; 0 inside the measured range.
+        refused: every better candidate, with the reason.
+    """
+
+    problem: Problem
+    target: GpuTarget
+    config: KernelConfig
+    rung: Rung
+    entry: RegistryEntry | None = None
+    path: Path | None = None
+    distance: float = 0.0
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def origin(self) -> Origin | None:
+        """`measured` or `predicted` for a registry entry, None for anything else."""
+        return self.entry.origin if self.entry else None
+
+    def __str__(self) -> str:
+        lines = [
+            f"problem   {self.problem}",
+            f"target    {self.target}",
+            f"kernel    {self.config}",
+            f"rung      {self.rung}: {_MEANING[self.rung]}",
+        ]
+        if self.entry:
+            performance = self.entry.performance
+            lines += [
+                f"entry     {self.path}, digest {self.entry.digest()}",
+                f"measured  {self.entry.range}, distance {self.distance:.2f}",
+                f"{'timed' if self.origin == 'measured' else 'predicted':9} {performance.median_us:g} us, "
+                f"{performance.tflops:g} TFLOP/s" + _baseline(performance.baseline, performance.baseline_us),
+            ]
+        lines += [f"refused   {refusal}" for refusal in self.refused]
+        return "\n".join(lines)
+
+
+def _baseline(name: str, us: float | None) -> str:
+    return f" ({name} {us:g} us beside it)" if us else ""

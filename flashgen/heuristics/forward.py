@@ -1,0 +1,46 @@
+"""Configs for problems that nobody tuned: what usually wins on an architecture, then what runs anywhere."""
+
+from __future__ import annotations
+
+from flashgen.codegen import KernelConfig, TritonForwardConfig
+from flashgen.codegen.config import Loads
+from flashgen.spec import DType, Problem
+from flashgen.target import GpuTarget
+
+
+def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, ...]:
+    """Return configs to try in order, the most promising first; some may break a constraint of the target."""
+    head_dim = max(problem.spec.head_dim_qk, problem.spec.head_dim_v)
+    if problem.spec.dtype is DType.FP32:
+        # IEEE products run on the plain cores: small tiles keep the operands in registers.
+        return (_config(32, 32, 4, 1), *safe_configs())
+    if target.has_wgmma:
+        first = _hopper(head_dim)
+    elif target.backend == "hip":
+        first = (_config(128, 64, 4, 1), _config(64, 64, 4, 1))
+    elif target.has_tma:
+        first = (_config(128, 64, 8 if head_dim > 128 else 4, 2, "descriptor"), _config(64, 64, 4, 2, "descriptor"))
+    else:
+        first = (_config(128, 64, 4 if head_dim <= 64 else 8, 3), _config(128, 32, 4, 3), _config(64, 32, 4, 2))
+    if problem.shape.seqlen_q <= 64:
+        first = (_config(64, 64, 4, 3, "descriptor" if target.has_tma else "pointer"), *first)
+    pointers = tuple(_config(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in first if c.loads != "pointer")
+    return (*first, *pointers, *safe_configs())
+
+
+def safe_configs() -> tuple[KernelConfig, ...]:
+    """Return small configs that fit every GPU and every stride, for a last resort."""
+    return (_config(64, 32, 4, 1), _config(32, 32, 2, 1), _config(16, 16, 1, 1))
+
+
+def _hopper(head_dim: int) -> tuple[TritonForwardConfig, ...]:
+    # Two programs on a multiprocessor hide each other's softmax; at 256 columns only one fits.
+    if head_dim <= 64:
+        return (_config(64, 128, 4, 2, "descriptor"), _config(128, 64, 4, 2, "descriptor"))
+    if head_dim <= 128:
+        return (_config(128, 64, 4, 2, "descriptor"), _config(64, 64, 4, 3, "descriptor"))
+    return (_config(128, 64, 8, 2, "descriptor"), _config(64, 32, 4, 2, "descriptor"))
+
+
+def _config(block_m: int, block_n: int, warps: int, stages: int, loads: Loads = "pointer") -> TritonForwardConfig:
+    return TritonForwardConfig(block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, loads=loads)

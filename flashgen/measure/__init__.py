@@ -1,0 +1,57 @@
+"""Right and how fast: the reference, the accuracy rule, timing, and what the hardware allows.
+
+The peers to measure beside are in `flashgen.measure.peers`, left out here: importing them loads PyTorch's compiler.
+"""
+
+from flashgen.measure.accuracy import LSE_TINY, TINY, AccuracyReport, Oracle, accuracy_error
+from flashgen.measure.benchmark import Clock, CudaClock, HostClock, benchmark, host_time_us, quick_time
+from flashgen.measure.cases import (
+    API_LENGTHS,
+    POISON,
+    HeadSample,
+    Layout,
+    awkward_shapes,
+    poisoned_empty,
+    random_inputs,
+    sampled_heads,
+    take_heads,
+)
+from flashgen.measure.outcome import Measurement, Outcome, Rejected, Stage, Timing
+from flashgen.measure.reference import Precision, attention_reference
+from flashgen.measure.roofline import Floor, Prediction, floor_us, predict_us, tbps, tflops
+
+__all__ = [
+    "API_LENGTHS",
+    "LSE_TINY",
+    "POISON",
+    "TINY",
+    "AccuracyReport",
+    "Clock",
+    "CudaClock",
+    "Floor",
+    "HeadSample",
+    "HostClock",
+    "Layout",
+    "Measurement",
+    "Oracle",
+    "Outcome",
+    "Precision",
+    "Prediction",
+    "Rejected",
+    "Stage",
+    "Timing",
+    "accuracy_error",
+    "attention_reference",
+    "awkward_shapes",
+    "benchmark",
+    "floor_us",
+    "host_time_us",
+    "poisoned_empty",
+    "predict_us",
+    "quick_time",
+    "random_inputs",
+    "sampled_heads",
+    "take_heads",
+    "tbps",
+    "tflops",
+]

@@ -1,0 +1,173 @@
+"""What a kernel is tried on: random inputs, poisoned outputs, awkward shapes, a sample of heads of a large problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import typing
+
+import torch
+from torch import Tensor
+
+from flashgen.errors import InputError
+from flashgen.spec import Problem, Shape
+
+Layout = typing.Literal["bhsd", "bshd"]
+
+POISON = math.nan
+"""What outputs are filled with before a kernel runs: an element that it never writes then fails the accuracy rule."""
+
+API_LENGTHS: tuple[tuple[int, int], ...] = (
+    (1, 1),
+    (3, 3),
+    (64, 128),
+    (239, 1),
+    (799, 3),
+    (113, 203),
+    (128, 217),
+    (113, 211),
+    (108, 256),
+    (384, 256),
+    (640, 128),
+    (512, 256),
+    (1023, 1024),
+    (1024, 1023),
+    (4224, 4224),
+)
+"""The (seqlen_q, seqlen_k) that every public function is tested on."""
+
+
+def awkward_shapes(problem: Problem, block_m: int, block_n: int) -> tuple[Shape, ...]:
+    """Return small shapes that break a careless kernel with tiles of block_m queries and block_n keys.
+
+    One row and one key, lengths one off a tile, whole tiles, fewer keys than a tile, many more keys than queries and
+    the reverse (under a bottom-right causal mask: rows that see nothing), and no key at all. Batch 2 and, unless the
+    problem has a single key/value head, two of them, with the problem's group: a wrong batch or head stride shows.
+    """
+    lengths = (
+        (1, 1),
+        (block_m + 1, 2 * block_n - 1),
+        (block_m - 1, block_n + 1),
+        (2 * block_m, 2 * block_n),
+        (block_m + 3, max(1, block_n // 2 - 1)),
+        (2 * block_m + 5, block_n + 7),
+        (block_m // 2 + 1, 2 * block_m + 3 * block_n + 1),
+        (7, 0),
+    )
+    nheads_kv = min(problem.shape.nheads_kv, 2)
+    return tuple(
+        Shape(
+            batch=2,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            nheads_q=nheads_kv * problem.shape.group,
+            nheads_kv=nheads_kv,
+        )
+        for seqlen_q, seqlen_k in dict.fromkeys(lengths)
+    )
+
+
+def random_inputs(
+    problem: Problem, *, device: torch.device | str, seed: int, layout: Layout = "bhsd"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return normal random q, k and v as [batch, heads, seqlen, head_dim] views.
+
+    Args:
+        problem: gives sizes and dtype.
+        device: where they are made.
+        seed: the same seed gives the same numbers on the same kind of device.
+        layout: order in memory; `bshd` gives transposed views of [batch, seqlen, heads, head_dim].
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    spec, shape = problem.spec, problem.shape
+    dtype: torch.dtype = getattr(torch, spec.dtype.torch_name)
+
+    def normal(heads: int, seqlen: int, head_dim: int) -> Tensor:
+        sizes = _memory_order((shape.batch, heads, seqlen, head_dim), layout)
+        return _logical_view(torch.randn(sizes, generator=generator, device=device, dtype=dtype), layout)
+
+    return (
+        normal(shape.nheads_q, shape.seqlen_q, spec.head_dim_qk),
+        normal(shape.nheads_kv, shape.seqlen_k, spec.head_dim_qk),
+        normal(shape.nheads_kv, shape.seqlen_k, spec.head_dim_v),
+    )
+
+
+def poisoned_empty(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, *, layout: Layout = "bhsd"
+) -> Tensor:
+    """Return a tensor of NaN for a kernel to fill.
+
+    Args:
+        shape: logical shape: [batch, heads, seqlen, head_dim] for out, [batch, heads, seqlen] for lse.
+        dtype: a floating-point type.
+        device: where it is made.
+        layout: order in memory; `bshd` (four dimensions only) gives a transposed view.
+    """
+    sizes = _memory_order(shape, layout)
+    return _logical_view(torch.full(sizes, POISON, dtype=dtype, device=device), layout)
+
+
+def _memory_order(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    if layout == "bhsd":
+        return shape
+    if layout != "bshd" or len(shape) != 4:
+        raise InputError(f"layout must be 'bhsd', or 'bshd' for four dimensions; got {layout!r} and {len(shape)}")
+    return (shape[0], shape[2], shape[1], shape[3])
+
+
+def _logical_view(tensor: Tensor, layout: Layout) -> Tensor:
+    return tensor.transpose(1, 2) if layout == "bshd" else tensor
+
+
+def sampled_heads(batch: int, nheads_q: int, limit: int, seed: int) -> tuple[tuple[int, int], ...]:
+    """Return at most `limit` (batch, query head) pairs in order, always the first and the last, the rest at random.
+
+    Raises:
+        InputError: if limit is below 2.
+    """
+    if limit < 2:
+        raise InputError(f"limit must be at least 2 (the first head and the last), got {limit}")
+    total = batch * nheads_q
+    if total <= limit:
+        picked = list(range(total))
+    else:
+        picked = sorted({0, total - 1, *random.Random(seed).sample(range(1, total - 1), limit - 2)})
+    return tuple(divmod(index, nheads_q) for index in picked)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadSample:
+    """Some heads of a problem as a problem of their own: one head each, along the batch dimension.
+
+    Attributes:
+        q: [pairs, 1, seqlen_q, head_dim_qk].
+        k: [pairs, 1, seqlen_k, head_dim_qk], the key/value head of each query head.
+        v: [pairs, 1, seqlen_k, head_dim_v].
+        out: [pairs, 1, seqlen_q, head_dim_v].
+        lse: [pairs, 1, seqlen_q], or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor | None
+
+
+def take_heads(
+    pairs: tuple[tuple[int, int], ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
+) -> HeadSample:
+    """Return copies of the heads in `pairs` (batch, query head), so that checking them costs little."""
+    batches = [b for b, _ in pairs]
+    heads = [h for _, h in pairs]
+    group = q.shape[1] // k.shape[1]
+    kv_heads = [h // group for h in heads]
+    return HeadSample(
+        q=q[batches, heads].unsqueeze(1),
+        k=k[batches, kv_heads].unsqueeze(1),
+        v=v[batches, kv_heads].unsqueeze(1),
+        out=out[batches, heads].unsqueeze(1),
+        lse=None if lse is None else lse[batches, heads].unsqueeze(1),
+    )

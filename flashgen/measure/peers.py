@@ -1,0 +1,177 @@
+"""Other attention implementations, to measure beside: PyTorch's SDPA backends, FlexAttention, FlashAttention-3."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import typing
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from flashgen.spec import Causal, Full, Problem
+
+Run = Callable[[], Tensor]
+Make = Callable[[Tensor, Tensor, Tensor, Problem], "Run | str"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One implementation.
+
+    Attributes:
+        name: short name, as on the command line.
+        make: takes q, k, v [batch, heads, seqlen, head_dim] and their problem, tries one call, and returns a call
+            without arguments that gives out [batch, nheads_q, seqlen_q, head_dim_v] at scale head_dim_qk ** -0.5, or
+            the reason why this peer cannot run the problem. Its other device work (a block mask) is done in `make`.
+    """
+
+    name: str
+    make: Make
+
+
+def _tried(name: str, run: Run) -> Run | str:
+    """Return `run` if one call of it works, else why not, with what the peer warned about."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run()
+            torch.cuda.synchronize()
+        # A peer is foreign code: whatever it raises is a reason, and the comparison goes on without it.
+        except Exception as error:
+            first_line = next(iter(str(error).splitlines()), repr(error))
+            return " ".join([f"{name}: {first_line}", *_causes([str(w.message) for w in caught])])
+    return run
+
+
+def _causes(messages: list[str]) -> list[str]:
+    """Return what SDPA warned about, without its headings and the backends that were not asked for."""
+    texts = dict.fromkeys(message.split(" (Triggered")[0] for message in messages)
+    return [text for text in texts if not text.endswith("because:") and "runtime disabled" not in text]
+
+
+def _needs_gpu(name: str, q: Tensor) -> str | None:
+    return None if q.is_cuda else f"{name} needs a GPU, the tensors are on {q.device}"
+
+
+def _sdpa_mask(name: str, problem: Problem, lower_right: bool) -> tuple[Tensor | None, bool] | str:
+    """Return SDPA's (attn_mask, is_causal) for the problem's mask; SDPA aligns is_causal to the top left."""
+    mask, shape = problem.spec.mask, problem.shape
+    if isinstance(mask, Full):
+        return None, False
+    if not isinstance(mask, Causal):
+        return f"{name} has no mask {mask}"
+    if mask.align == "top_left" or shape.seqlen_q == shape.seqlen_k:
+        return None, True
+    if lower_right and shape.seqlen_q < shape.seqlen_k:
+        return causal_lower_right(shape.seqlen_q, shape.seqlen_k), False
+    return (
+        f"{name} cannot align causal to the bottom right with seqlen_q={shape.seqlen_q} and seqlen_k={shape.seqlen_k}"
+    )
+
+
+def _sdpa(name: str, backend: SDPBackend, *, lower_right: bool) -> Peer:
+    def make(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run | str:
+        refusal = _needs_gpu(name, q)
+        if refusal is not None:
+            return refusal
+        arguments = _sdpa_mask(name, problem, lower_right)
+        if isinstance(arguments, str):
+            return arguments
+        attn_mask, is_causal = arguments
+        grouped = problem.shape.group > 1
+
+        def run() -> Tensor:
+            with sdpa_kernel([backend]):
+                return F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=grouped
+                )
+
+        return _tried(name, run)
+
+    return Peer(name=name, make=make)
+
+
+def _make_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run | str:
+    refusal = _needs_gpu("flex", q)
+    if refusal is not None:
+        return refusal
+    mask, shape = problem.spec.mask, problem.shape
+    block_mask = None
+    if isinstance(mask, Causal):
+        offset = mask.offset(shape.seqlen_q, shape.seqlen_k)
+
+        def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return kv_idx <= q_idx + offset
+
+        block_mask = create_block_mask(sees, None, None, shape.seqlen_q, shape.seqlen_k, device=q.device)
+    elif not isinstance(mask, Full):
+        return f"flex has no adapter for mask {mask}"
+    # Dynamo keeps one cache for the function, and past a few shapes it would fall back to eager.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    grouped = shape.group > 1
+
+    def run() -> Tensor:
+        out: Tensor = compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped)
+        return out
+
+    return _tried("flex", run)
+
+
+_FA3_MODULES = ("flash_attn_interface", "flash_attn_3.flash_attn_interface", "fa3_fwd_interface")
+
+
+def _fa3_function() -> Callable[..., object] | None:
+    for module in _FA3_MODULES:
+        with contextlib.suppress(ImportError, OSError):
+            return typing.cast("Callable[..., object]", importlib.import_module(module).flash_attn_func)
+    return None
+
+
+def _make_fa3(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run | str:
+    refusal = _needs_gpu("fa3", q)
+    if refusal is not None:
+        return refusal
+    function = _fa3_function()
+    if function is None:
+        return f"fa3 is not installed (looked for {', '.join(_FA3_MODULES)})"
+    mask, shape = problem.spec.mask, problem.shape
+    if not isinstance(mask, Full | Causal):
+        return f"fa3 has no adapter for mask {mask}"
+    causal = isinstance(mask, Causal)
+    if isinstance(mask, Causal) and mask.align == "top_left" and shape.seqlen_q != shape.seqlen_k:
+        return "fa3 cannot align causal to the top left"
+    queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+
+    def run() -> Tensor:
+        result = function(queries, keys, values, causal=causal)
+        # Some versions return lse beside out.
+        out = typing.cast(Tensor, result[0] if isinstance(result, tuple) else result)
+        return out.transpose(1, 2)
+
+    return _tried("fa3", run)
+
+
+CUDNN = _sdpa("cudnn", SDPBackend.CUDNN_ATTENTION, lower_right=False)
+FLASH = _sdpa("flash", SDPBackend.FLASH_ATTENTION, lower_right=True)
+EFFICIENT = _sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION, lower_right=True)
+FLEX = Peer(name="flex", make=_make_flex)
+FA3 = Peer(name="fa3", make=_make_fa3)
+
+PEERS: Mapping[str, Peer] = {peer.name: peer for peer in (CUDNN, FLASH, EFFICIENT, FLEX, FA3)}
+"""Every peer by name."""
+
+
+def default_baselines(device: torch.device | str) -> tuple[Peer, ...]:
+    """Return what a kernel on `device` is measured beside unless told otherwise; nothing on a CPU."""
+    if torch.device(device).type != "cuda":
+        return ()
+    return (FLASH,) if torch.version.hip else (CUDNN, FLASH)

@@ -1,0 +1,78 @@
+"""All registry files of a search path as one: which entries exist for a spec, and from where."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+from flashgen.registry.contents import FileIssue
+from flashgen.registry.entry import RegistryEntry
+from flashgen.registry.index import IndexedFile, load_indexed
+from flashgen.registry.locations import Label, Location
+from flashgen.spec import AttentionSpec
+
+# Places that somebody named: their absence is worth a word. The user's and the shipped folder may well not exist.
+_NAMED: tuple[Label, ...] = ("argument", "environment", "bundle")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Located:
+    """An entry, the search location it came from, and the file."""
+
+    entry: RegistryEntry
+    location: Location
+    path: Path
+
+
+class Registry:
+    """The entries of several files, in search order; made by `load`."""
+
+    def __init__(
+        self, files: typing.Iterable[tuple[Location, IndexedFile]], issues: typing.Iterable[FileIssue] = ()
+    ) -> None:
+        self._files = tuple(files)
+        self._issues = tuple(issues)
+
+    @property
+    def issues(self) -> tuple[FileIssue, ...]:
+        """What was skipped, and why."""
+        return self._issues + tuple(issue for _, file in self._files for issue in file.issues)
+
+    def entries(self) -> tuple[Located, ...]:
+        """Return every entry, in search order; decodes them all."""
+        return tuple(
+            Located(entry=entry, location=location, path=file.path)
+            for location, file in self._files
+            for entry in file.entries()
+        )
+
+    def candidates(self, spec: AttentionSpec) -> tuple[Located, ...]:
+        """Return the entries for `spec.tuning_key()`, of any device and range, in search order."""
+        return tuple(
+            Located(entry=entry, location=location, path=file.path)
+            for location, file in self._files
+            for entry in file.candidates(spec)
+        )
+
+
+def load(locations: typing.Iterable[Location]) -> Registry:
+    """Return the registry of all files in `locations`; damage becomes `issues`, and nothing is raised.
+
+    A file that two locations name is read once, for the first.
+    """
+    files: list[tuple[Location, IndexedFile]] = []
+    issues: list[FileIssue] = []
+    seen: set[Path] = set()
+    for location in locations:
+        if not location.path.exists():
+            if location.label in _NAMED:
+                reason = f"no such file or folder (searched as {location.label})"
+                issues.append(FileIssue(path=location.path, line=None, reason=reason))
+            continue
+        for path in location.files():
+            real = path.resolve()
+            if real not in seen:
+                seen.add(real)
+                files.append((location, load_indexed(path)))
+    return Registry(files, issues)

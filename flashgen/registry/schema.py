@@ -1,0 +1,177 @@
+"""The shape of a registry file as pydantic models: a file is untrusted, so types are strict and sizes bounded."""
+
+from __future__ import annotations
+
+import typing
+
+import pydantic
+
+from flashgen.errors import ConfigError, InputError, RegistryError
+from flashgen.registry.codec import entry_from_dict
+from flashgen.registry.entry import Origin, RegistryEntry, digest_of
+from flashgen.spec import Phase
+
+FORMAT = 1
+MAX_ENTRIES = 10_000
+MAX_RUNNERS_UP = 16
+MAX_TEXT = 200
+MAX_CONFIG_FIELDS = 32
+
+
+class EntryError(RegistryError):
+    """A part of a file that the schema refuses.
+
+    Attributes:
+        where: field names (and list positions) from the validated mapping down to the culprit.
+        reason: what was got and what is allowed, without the path.
+    """
+
+    def __init__(self, reason: str, where: tuple[int | str, ...] = ()) -> None:
+        super().__init__(": ".join([*(".".join(map(str, where)),) * bool(where), reason]))
+        self.where = where
+        self.reason = reason
+
+
+def _printable(text: str) -> str:
+    # Text of a foreign file ends up in terminals: no escape sequences.
+    if not text.isprintable():
+        raise ValueError("control characters are not allowed")
+    return text
+
+
+Text = typing.Annotated[str, pydantic.Field(min_length=1, max_length=MAX_TEXT), pydantic.AfterValidator(_printable)]
+Count = typing.Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+Number = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Bounds = typing.Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]
+ConfigModel = typing.Annotated[dict[Text, Count | Text], pydantic.Field(max_length=MAX_CONFIG_FIELDS)]
+
+
+class _Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class HeaderModel(_Model):
+    """What all entries of a file share."""
+
+    format: typing.Literal[1]
+    device: Text
+    arch: Text
+    phase: Phase
+
+
+class SpecModel(_Model):
+    dtype: Text
+    head_dim_qk: Count
+    head_dim_v: Count
+    mask: Text
+
+
+class RangeModel(_Model):
+    batch: Bounds
+    nheads_q: Bounds
+    nheads_kv: Bounds
+    seqlen_q: Bounds
+    seqlen_k: Bounds
+
+
+class PerformanceModel(_Model):
+    median_us: Number
+    spread: Number
+    tflops: Number
+    baseline: Text
+    baseline_us: Number | None
+    timing: Text
+
+
+class AccuracyModel(_Model):
+    max_error: Number
+    allowed_error: Number
+
+
+class ResourcesModel(_Model):
+    registers: Count
+    spills: Count
+    smem_bytes: Count
+
+
+class RunnerUpModel(_Model):
+    median_us: Number
+    config: ConfigModel
+
+
+class ProvenanceModel(_Model):
+    template_digest: Text
+    flashgen: Text
+    triton: Text
+    torch: Text
+    driver: Text
+    date: Text
+    trials: Count
+    seed: Count
+
+
+class EntryModel(_Model):
+    """One entry of a file; device, arch and phase stand in the file's header."""
+
+    spec: SpecModel
+    range: RangeModel
+    origin: Origin
+    config: ConfigModel
+    performance: PerformanceModel
+    accuracy: AccuracyModel
+    resources: ResourcesModel
+    runners_up: typing.Annotated[list[RunnerUpModel], pydantic.Field(max_length=MAX_RUNNERS_UP)]
+    provenance: ProvenanceModel
+    digest: Text
+
+
+def read_header(content: object) -> HeaderModel:
+    """Return the validated head of a file, given every top-level field but `entries`.
+
+    Raises:
+        EntryError: if the file is of another format, or a field is missing, unknown or of the wrong type.
+    """
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT or isinstance(found, bool):
+        raise EntryError(
+            f"not a registry file of format {FORMAT}: format is {_shortened(found)}; "
+            "another version of flashgen may read it",
+            ("format",),
+        )
+    return _validate(HeaderModel, content)
+
+
+def read_entry(header: HeaderModel, content: object) -> RegistryEntry:
+    """Return the entry that the untrusted `content` of one item of `entries` describes.
+
+    Raises:
+        EntryError: if a field is missing, unknown, of the wrong type or out of range, or if the digest does not fit.
+    """
+    model = _validate(EntryModel, content)
+    body = {"device": header.device, "arch": header.arch, "phase": header.phase}
+    body |= {name: value for name, value in typing.cast("dict[str, str]", content).items() if name != "digest"}
+    # Over what stands in the file, not over the entry made of it: a field added with a default keeps old digests valid.
+    actual = digest_of(body)
+    if actual != model.digest:
+        raise EntryError(f"the content has digest {actual}, not {model.digest}: edited by hand or damaged", ("digest",))
+    try:
+        return entry_from_dict(body)
+    except (InputError, ConfigError) as error:
+        raise EntryError(str(error)) from error
+
+
+_ModelT = typing.TypeVar("_ModelT", bound=_Model)
+
+
+def _validate(model: type[_ModelT], content: object) -> _ModelT:
+    try:
+        return model.model_validate(content)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        got = "" if first["type"] == "missing" else f", got {_shortened(first['input'])}"
+        raise EntryError(f"{first['msg']}{got}", first["loc"]) from None
+
+
+def _shortened(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,36 @@
+"""The search for the best config: an Optuna study, processes that compile, and one that measures.
+
+Importing this package imports neither optuna nor torch: worker processes and the command line's help need neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from flashgen.tuning.effort import EFFORTS as EFFORTS
+    from flashgen.tuning.events import Observer as Observer
+    from flashgen.tuning.events import ProblemResult as ProblemResult
+    from flashgen.tuning.events import SilentObserver as SilentObserver
+    from flashgen.tuning.events import TrialRecord as TrialRecord
+    from flashgen.tuning.events import TuneReport as TuneReport
+    from flashgen.tuning.session import tune as tune
+
+_HOME = {
+    "EFFORTS": "flashgen.tuning.effort",
+    "Observer": "flashgen.tuning.events",
+    "ProblemResult": "flashgen.tuning.events",
+    "SilentObserver": "flashgen.tuning.events",
+    "TrialRecord": "flashgen.tuning.events",
+    "TuneReport": "flashgen.tuning.events",
+    "tune": "flashgen.tuning.session",
+}
+
+__all__ = ["EFFORTS", "Observer", "ProblemResult", "SilentObserver", "TrialRecord", "TuneReport", "tune"]
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flashgen.tuning' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

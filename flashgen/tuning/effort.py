@@ -1,0 +1,48 @@
+"""How hard to search."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from flashgen.errors import InputError
+
+EffortName = typing.Literal["check", "quick", "full"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effort:
+    """Limits of one effort level.
+
+    Attributes:
+        trials: configs to try at most; fewer when the legal space is smaller.
+        finalists: how many of the best are timed against each other in interleaved rounds at the end.
+        final_ms: time that each finalist gets for that, in milliseconds.
+        seconds: wall-clock limit of one problem where no budget is given.
+        seeds_only: try only the seeds of the search space and the default.
+    """
+
+    trials: int
+    finalists: int
+    final_ms: float
+    seconds: float
+    seeds_only: bool = False
+
+
+EFFORTS: dict[EffortName, Effort] = {
+    "check": Effort(trials=8, finalists=3, final_ms=20, seconds=30, seeds_only=True),
+    "quick": Effort(trials=48, finalists=6, final_ms=60, seconds=50),
+    "full": Effort(trials=200, finalists=8, final_ms=150, seconds=165),
+}
+
+
+def effort_named(name: str) -> Effort:
+    """Return the effort level called `name`.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    for known, effort in EFFORTS.items():
+        if name == known:
+            return effort
+    raise InputError(f"unknown effort {name!r}; allowed: {', '.join(EFFORTS)}")

@@ -1,0 +1,111 @@
+"""What a tuning run tells while it works: the records it makes, and who listens."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+from flashgen.codegen import KernelConfig, KernelResources
+from flashgen.measure import Rejected, Timing
+from flashgen.registry import RegistryEntry
+from flashgen.spec import Problem
+from flashgen.target import GpuTarget
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """What became of one config.
+
+    Attributes:
+        number: of the trial in the study.
+        config: what was tried.
+        resources: of the compiled kernel; None if it did not compile.
+        result: its time (measured, or the model's), or the stage and reason of its rejection.
+        resumed: the result is an earlier run's.
+    """
+
+    number: int
+    config: KernelConfig
+    resources: KernelResources | None
+    result: Timing | Rejected
+    resumed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProblemResult:
+    """What tuning found for one problem.
+
+    Attributes:
+        problem: what was tuned.
+        entry: the winner as it goes into the registry; None if no config passed.
+        trials: every config tried, in order.
+        legal: how many configs the search space holds for this problem.
+        baselines: median us of what was timed beside it, by name; empty without a GPU.
+        tied: configs that are within the noise of the winner.
+        wall_s: wall-clock seconds spent.
+        note: why there is no entry, or what cut the search short; empty otherwise.
+    """
+
+    problem: Problem
+    entry: RegistryEntry | None
+    trials: tuple[TrialRecord, ...]
+    legal: int
+    baselines: dict[str, float]
+    tied: tuple[KernelConfig, ...]
+    wall_s: float
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneReport:
+    """What a whole run found.
+
+    Attributes:
+        target: the GPU it was for.
+        results: one for each problem, in order; problems that an interrupt left out are missing.
+        files: registry files that were written.
+        study: the file or URL that holds the trials; the same command goes on from it.
+        interrupted: whether Ctrl-C cut it short.
+        wall_s: wall-clock seconds spent.
+    """
+
+    target: GpuTarget
+    results: tuple[ProblemResult, ...]
+    files: tuple[Path, ...]
+    study: str
+    interrupted: bool
+    wall_s: float
+
+
+class Observer(typing.Protocol):
+    """Listens to a tuning run; every method may do nothing."""
+
+    def run_started(self, target: GpuTarget, problems: int, study: str, gpu: bool) -> None:
+        """Tell that the run begins; `gpu` is False when candidates are ranked by a model."""
+
+    def problem_started(self, index: int, problem: Problem, planned_trials: int, resumed_trials: int) -> None:
+        """Tell that the search for a problem begins."""
+
+    def stage(self, text: str) -> None:
+        """Tell what the run is doing now, in a few words."""
+
+    def trial(self, record: TrialRecord, best: TrialRecord | None, done: int, seconds_left: float | None) -> None:
+        """Tell that a trial ended; `best` is the best so far, `seconds_left` an estimate for this problem."""
+
+    def problem_finished(self, result: ProblemResult) -> None:
+        """Tell what was found for a problem."""
+
+
+class SilentObserver:
+    """An observer that ignores everything."""
+
+    def run_started(self, target: GpuTarget, problems: int, study: str, gpu: bool) -> None: ...
+
+    def problem_started(self, index: int, problem: Problem, planned_trials: int, resumed_trials: int) -> None: ...
+
+    def stage(self, text: str) -> None: ...
+
+    def trial(self, record: TrialRecord, best: TrialRecord | None, done: int, seconds_left: float | None) -> None: ...
+
+    def problem_finished(self, result: ProblemResult) -> None: ...

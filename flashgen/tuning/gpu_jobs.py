@@ -1,0 +1,219 @@
+"""What the measuring process does on its GPU: check a candidate, time it, race the best.
+
+These functions run in a worker that is killed when a kernel hangs. Inputs and references are made once a problem.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import typing
+
+import torch
+
+from flashgen.codegen import KernelConfig, TritonForwardConfig, render
+from flashgen.compile import CompiledKernel, compile_kernel
+from flashgen.errors import FlashgenError
+from flashgen.launch import bind_forward, detect_target, fill_unseen
+from flashgen.measure import (
+    CudaClock,
+    HeadSample,
+    Measurement,
+    Oracle,
+    Outcome,
+    Rejected,
+    Timing,
+    awkward_shapes,
+    benchmark,
+    poisoned_empty,
+    quick_time,
+    random_inputs,
+    sampled_heads,
+    take_heads,
+)
+from flashgen.measure.peers import default_baselines
+from flashgen.spec import AttentionSpec, Problem
+from flashgen.target import GpuTarget
+
+_CHECKED_HEADS = 3
+_FIRST_LAUNCHES = 3
+_RUNG_ROUNDS = 2
+_RUNG_MS = 8.0
+# A candidate this far behind the best is not timed any further.
+_HOPELESS = 1.5
+_FINAL_ROUNDS = 5
+
+
+def start(device: str) -> GpuTarget:
+    """Wake the GPU and return its target."""
+    torch.cuda.set_device(device)
+    torch.zeros(1, device=device)
+    return detect_target(_device())
+
+
+def evaluate(problem: Problem, config: KernelConfig, best_us: float | None) -> Outcome:
+    """Return the timing of a config that computes the right thing, or why it was rejected.
+
+    First the numerics, at awkward shapes and at the problem's own, on outputs full of NaN and twice for equal bits;
+    then a few launches, and more of them unless `best_us` is far ahead.
+    """
+    try:
+        compiled = _compiled(problem.spec, config)
+        worst = check_awkward(problem, config)
+        if isinstance(worst, Rejected):
+            return worst
+        report = _check_own_shape(problem, config, compiled)
+        if isinstance(report, Rejected):
+            return report
+        call = bind_forward(problem, config, compiled, _scale(problem), _tensors(problem))
+        timing = quick_time(call, _clock(), _FIRST_LAUNCHES)
+        if best_us is None or timing.median_us < _HOPELESS * best_us:
+            timing = benchmark({"": call}, clock=_clock(), rounds=_RUNG_ROUNDS, target_ms=_RUNG_MS)[""]
+    except torch.OutOfMemoryError as error:
+        return Rejected(stage="run", reason=f"out of device memory: {_first_line(error)}")
+    except (FlashgenError, RuntimeError) as error:
+        if _context_is_lost():
+            # Nothing after an illegal access can be trusted: end this process, the caller starts another.
+            sys.stderr.write(f"the GPU context is lost: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)
+        return Rejected(stage="run", reason=f"{type(error).__name__}: {_first_line(error)}")
+    return Measurement(timing=timing, max_error=report[0], allowed_error=report[1])
+
+
+def check_awkward(problem: Problem, config: KernelConfig) -> Rejected | None:
+    """Return why a config computes something wrong at shapes that break careless kernels, or None."""
+    if not isinstance(config, TritonForwardConfig):
+        raise FlashgenError(f"no check for template {config.template!r}")
+    compiled = _compiled(problem.spec, config)
+    for shape in awkward_shapes(problem, config.block_m, config.block_n):
+        small = dataclasses.replace(problem, shape=shape)
+        tensors = {**_inputs(small, 1), **_outputs(small)}
+        out, lse = tensors["out"], tensors.get("lse")
+        if shape.seqlen_k == 0:
+            fill_unseen(out, lse)
+        else:
+            bind_forward(small, config, compiled, _scale(small), tensors)()
+        report = _oracle(small).judge(out, lse)
+        if not report.ok:
+            return Rejected(stage="accuracy", reason=f"at {shape}: {report.reason}")
+    return None
+
+
+def check_lse(problem: Problem, config: KernelConfig) -> Rejected | None:
+    """Return why the variant of a config that also writes lse is wrong, or None."""
+    with_lse = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, lse=True))
+    return check_awkward(with_lse, config)
+
+
+def race(
+    problem: Problem, configs: typing.Sequence[KernelConfig], target_ms: float, seed: int
+) -> tuple[list[Timing], dict[str, Timing], dict[str, str]]:
+    """Return the timings of finalists and of the baselines, all in the same interleaved rounds, and who did not run.
+
+    The first config runs twice, as itself and under the name `A/A`: the difference is the noise floor.
+    """
+    tensors = _tensors(problem)
+    calls: dict[str, typing.Callable[[], object]] = {
+        str(index): bind_forward(problem, config, _compiled(problem.spec, config), _scale(problem), tensors)
+        for index, config in enumerate(configs)
+    }
+    if configs:
+        calls["A/A"] = calls["0"]
+    absent: dict[str, str] = {}
+    for peer in default_baselines(_device()):
+        run = peer.make(tensors["q"], tensors["k"], tensors["v"], problem)
+        if isinstance(run, str):
+            absent[peer.name] = run
+        else:
+            calls[peer.name] = run
+    timings = benchmark(calls, clock=_clock(), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed)
+    finalists = [timings.pop(str(index)) for index in range(len(configs))]
+    return finalists, timings, absent
+
+
+def _check_own_shape(
+    problem: Problem, config: KernelConfig, compiled: CompiledKernel
+) -> tuple[float, float] | Rejected:
+    tensors = _tensors(problem)
+    call = bind_forward(problem, config, compiled, _scale(problem), tensors)
+    out = tensors["out"]
+    out.fill_(float("nan"))
+    call()
+    pairs, oracle = _sample(problem)
+    report = oracle.judge(_take(pairs, tensors, out).out, None)
+    if not report.ok:
+        return Rejected(stage="accuracy", reason=f"at {problem.shape}: {report.reason}")
+    again = torch.full_like(out, float("nan"))
+    bind_forward(problem, config, compiled, _scale(problem), {**tensors, "out": again})()
+    if not torch.equal(out, again):
+        return Rejected(stage="accuracy", reason=f"at {problem.shape}: two runs differ in their bits")
+    return report.max_error, report.allowed_error
+
+
+def _take(pairs: tuple[tuple[int, int], ...], tensors: dict[str, torch.Tensor], out: torch.Tensor) -> HeadSample:
+    return take_heads(pairs, tensors["q"], tensors["k"], tensors["v"], out, None)
+
+
+@functools.lru_cache(maxsize=1)
+def _sample(problem: Problem) -> tuple[tuple[tuple[int, int], ...], Oracle]:
+    tensors = _tensors(problem)
+    pairs = sampled_heads(problem.shape.batch, problem.shape.nheads_q, _CHECKED_HEADS, seed=0)
+    taken = _take(pairs, tensors, tensors["out"])
+    return pairs, Oracle(taken.q, taken.k, taken.v, mask=problem.spec.mask, softmax_scale=_scale(problem))
+
+
+@functools.lru_cache(maxsize=1)
+def _tensors(problem: Problem) -> dict[str, torch.Tensor]:
+    return {**_inputs(problem, 0), **_outputs(problem)}
+
+
+@functools.lru_cache(maxsize=256)
+def _oracle(problem: Problem) -> Oracle:
+    inputs = _inputs(problem, 1)
+    return Oracle(inputs["q"], inputs["k"], inputs["v"], mask=problem.spec.mask, softmax_scale=_scale(problem))
+
+
+def _inputs(problem: Problem, seed: int) -> dict[str, torch.Tensor]:
+    return dict(zip("qkv", random_inputs(problem, device=_device(), seed=seed), strict=True))
+
+
+def _outputs(problem: Problem) -> dict[str, torch.Tensor]:
+    shape, spec = problem.shape, problem.spec
+    rows = (shape.batch, shape.nheads_q, shape.seqlen_q)
+    dtype = getattr(torch, spec.dtype.torch_name)
+    out = {"out": poisoned_empty((*rows, spec.head_dim_v), dtype, _device())}
+    return out | ({"lse": poisoned_empty(rows, torch.float32, _device())} if spec.lse else {})
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(spec: AttentionSpec, config: KernelConfig) -> CompiledKernel:
+    # The compile workers have been here: this reads Triton's disk cache.
+    return compile_kernel(render(spec, config), spec, config, detect_target(_device()))
+
+
+@functools.lru_cache(maxsize=1)
+def _clock() -> CudaClock:
+    return CudaClock(_device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _scale(problem: Problem) -> float:
+    return float(problem.spec.head_dim_qk**-0.5)
+
+
+def _context_is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), repr(error))[:300]

@@ -1,0 +1,175 @@
+"""The trials of one problem as an Optuna study: resumable, readable by Optuna's own tools."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+import warnings
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from flashgen.codegen import KernelConfig, KernelResources, config_from_dict, render
+from flashgen.errors import InputError
+from flashgen.measure import Rejected, Timing
+from flashgen.spec import Problem
+from flashgen.target import GpuTarget
+from flashgen.tuning.events import TrialRecord
+from flashgen.tuning.sampler import UntriedNeighbourSampler, suggest_config
+
+# What a failed config is told as, in us: finite, because a model ignores failures and proposes them again.
+FAILED_US = 1e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A finished trial: its record, and the accuracy that was measured with it."""
+
+    record: TrialRecord
+    max_error: float = 0.0
+    allowed_error: float = 0.0
+
+    @property
+    def config(self) -> KernelConfig:
+        """The config that was tried."""
+        return self.record.config
+
+    @property
+    def timing(self) -> Timing:
+        """The time of a config that passed."""
+        assert isinstance(self.record.result, Timing)
+        return self.record.result
+
+    @property
+    def passed(self) -> bool:
+        """Whether the config computed the right thing and was timed."""
+        return isinstance(self.record.result, Timing)
+
+
+def open_storage(study: str) -> BaseStorage:
+    """Return the storage behind a path (a journal file) or a URL (a database that Optuna knows).
+
+    Raises:
+        InputError: if it cannot be opened; the message says why.
+    """
+    try:
+        if "://" in study:
+            return optuna.storages.RDBStorage(study)
+        Path(study).parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.JournalStorage(JournalFileBackend(study))
+    # A damaged journal shows as almost any exception of its parser.
+    except Exception as error:
+        raise InputError(
+            f"the study {study} cannot be opened ({type(error).__name__}: {error}); move it away or name another"
+        ) from error
+
+
+class ProblemStudy:
+    """The study of one problem on one target: asks for configs, keeps what became of them."""
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        *,
+        problem: Problem,
+        target: GpuTarget,
+        how: str,
+        configs: typing.Sequence[KernelConfig],
+        seeds: typing.Sequence[KernelConfig],
+        seed: int,
+        n_quasi_random: int,
+    ) -> None:
+        """Open or resume it.
+
+        Args:
+            storage: where trials are kept.
+            problem: what is tuned.
+            target: for which GPU.
+            how: what the objective is and under which software: trials of another kind are never mixed in.
+            configs: the legal configs.
+            seeds: tried first.
+            seed: of the sampler.
+            n_quasi_random: points spread over the space before the model proposes.
+        """
+        self._sampler = UntriedNeighbourSampler(configs, seeds=seeds, seed=seed, n_quasi_random=n_quasi_random)
+        name = _study_name(problem, target, how, configs)
+        self._study = optuna.create_study(
+            study_name=name, storage=storage, sampler=self._sampler, direction="minimize", load_if_exists=True
+        )
+        # What a killed run left unfinished counts as untried.
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+        self._open: dict[int, optuna.Trial] = {}
+
+    def finished(self) -> tuple[Tried, ...]:
+        """Return the trials of earlier runs, in order."""
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return tuple(_tried_from(trial.number, trial.user_attrs) for trial in trials)
+
+    def remaining(self) -> int:
+        """Return how many legal configs are untried."""
+        return self._sampler.remaining(self._study)
+
+    def ask(self) -> tuple[int, KernelConfig]:
+        """Return the number of a new trial and its config, which nobody tried."""
+        trial = self._study.ask()
+        config = suggest_config(trial, self._sampler.space)
+        self._open[trial.number] = trial
+        return trial.number, config
+
+    def tell(self, tried: Tried) -> None:
+        """Keep what became of a trial."""
+        record = tried.record
+        trial = self._open.pop(record.number)
+        trial.set_user_attr("flashgen", json.dumps(_attributes(tried)))
+        self._study.tell(trial, tried.timing.median_us if tried.passed else FAILED_US)
+
+    def abandon(self) -> None:
+        """Give up the trials under way: they count as untried."""
+        for trial in self._open.values():
+            self._study.tell(trial, state=TrialState.FAIL)
+        self._open.clear()
+
+
+def _study_name(problem: Problem, target: GpuTarget, how: str, configs: typing.Sequence[KernelConfig]) -> str:
+    # The code and the legal list are part of the name: other code, or other choices, is another search.
+    digests = sorted({render(problem.spec, config).digest for config in configs})
+    identity = json.dumps([digests, [list(config.as_dict().values()) for config in configs]])
+    return f"{problem} | {target.device_name} | {how} | {hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def _attributes(tried: Tried) -> dict[str, object]:
+    record = tried.record
+    attributes: dict[str, object] = {
+        "config": record.config.as_dict(),
+        "resources": None if record.resources is None else dataclasses.asdict(record.resources),
+        "max_error": tried.max_error,
+        "allowed_error": tried.allowed_error,
+    }
+    key = "rejected" if isinstance(record.result, Rejected) else "timing"
+    attributes[key] = dataclasses.asdict(record.result)
+    return attributes
+
+
+def _tried_from(number: int, user_attrs: typing.Mapping[str, typing.Any]) -> Tried:
+    attributes = json.loads(user_attrs["flashgen"])
+    resources = attributes["resources"]
+    rejected = attributes.get("rejected")
+    return Tried(
+        record=TrialRecord(
+            number=number,
+            config=config_from_dict(attributes["config"]),
+            resources=None if resources is None else KernelResources(**resources),
+            result=Rejected(**rejected) if rejected else Timing(**attributes["timing"]),
+            resumed=True,
+        ),
+        max_error=attributes["max_error"],
+        allowed_error=attributes["allowed_error"],
+    )

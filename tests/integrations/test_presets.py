@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashgen.errors import InputError
+from flashgen.integrations import load_presets, preset, presets
+from flashgen.spec import parse_problem
+
+
+def test_quick_is_one_problem() -> None:
+    assert preset("quick") == (parse_problem("b=1 hq=32 hkv=8 s=4096 d=128 causal bf16"),)
+
+
+def test_llama_keeps_the_tokens() -> None:
+    problems = preset("llama3-8b")
+    assert [p.shape.seqlen_q for p in problems] == [512, 1024, 2048, 4096, 8192, 16384]
+    assert {p.shape.batch * p.shape.seqlen_q for p in problems} == {16384}
+    assert {(p.shape.nheads_q, p.shape.nheads_kv, p.spec.head_dim_qk, str(p.spec.mask)) for p in problems} == {
+        (32, 8, 128, "causal")
+    }
+
+
+def test_grid_is_complete_and_keeps_tokens_and_width() -> None:
+    problems = preset("grid")
+    cells = [(p.spec.head_dim_qk, str(p.spec.mask), p.shape.seqlen_q) for p in problems]
+    assert cells == [(d, m, s) for d in (64, 128, 256) for m in ("full", "causal") for s in (2048, 4096, 16384)]
+    assert all(p.shape.batch * p.shape.seqlen_q == 16384 for p in problems)
+    assert all(p.shape.nheads_q * p.spec.head_dim_qk == 2048 for p in problems)
+    assert all(p.shape.nheads_q == p.shape.nheads_kv for p in problems)
+
+
+def test_no_preset_repeats_a_problem() -> None:
+    for name, problems in load_presets().items():
+        assert problems, name
+        assert len(set(problems)) == len(problems), name
+
+
+def test_unknown_name_lists_the_known() -> None:
+    with pytest.raises(InputError, match=r"'huge'.*quick, llama3-8b, grid"):
+        preset("huge")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("a: [", "cannot read"),
+        ("- a", "must map names"),
+        ("a: b=1", "list of lines"),
+        ("a: [7]", "list of lines"),
+        ("a: ['b=1 h=2 s=3 d=7']", "preset 'a'.*multiple of 8"),
+    ],
+)
+def test_damaged_file_is_named(
+    content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "resource_dir", lambda name: tmp_path)
+    if content is not None:
+        (tmp_path / "presets.yaml").write_text(content)
+    with pytest.raises(InputError, match=message) as raised:
+        load_presets()
+    assert str(tmp_path / "presets.yaml") in str(raised.value)

@@ -1,0 +1,171 @@
+"""The floor's arithmetic, and that the ranking model orders known configs as an H200 does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from flashgen.codegen.config import KernelConfig, Loads, TritonForwardConfig
+from flashgen.errors import ConfigError, InputError
+from flashgen.measure import floor_us, predict_us, tbps, tflops
+from flashgen.spec import parse_problem
+from flashgen.target import named_target
+
+H200 = named_target("NVIDIA H200")
+PREFILL = {
+    (d, mask): parse_problem(f"b=4 h={2048 // d} s=4096 d={d} {mask} bf16")
+    for d in (64, 128)
+    for mask in ("full", "causal")
+}
+
+# (block_m, block_n, num_warps, num_stages): registers and shared memory of a plain Triton forward kernel compiled for
+# sm_90 by Triton 3.9; 128x64 with 8 warps at d=128 with maxnreg=128.
+COMPILED = {
+    64: {
+        (128, 64, 4, 2): (187, 49184),
+        (128, 64, 4, 3): (187, 65592),
+        (128, 64, 8, 2): (108, 49184),
+        (64, 64, 4, 3): (106, 57400),
+        (128, 128, 8, 2): (156, 81952),
+        (128, 32, 4, 2): (140, 32800),
+        (32, 32, 4, 2): (72, 14360),
+        (16, 64, 4, 2): (58, 20504),
+    },
+    128: {
+        (128, 64, 4, 2): (250, 98336),
+        (128, 64, 8, 2): (128, 98336),
+        (64, 64, 4, 3): (138, 114744),
+        (128, 32, 4, 2): (208, 65568),
+        (64, 128, 4, 2): (188, 147488),
+        (32, 32, 4, 2): (92, 26648),
+        (16, 64, 4, 2): (71, 38936),
+    },
+}
+WINNERS = {64: [(128, 64, 8, 2), (64, 64, 4, 3)], 128: [(128, 64, 8, 2), (128, 64, 4, 2)]}
+
+
+def make_config(tile: tuple[int, int, int, int], loads: Loads = "descriptor") -> TritonForwardConfig:
+    block_m, block_n, num_warps, num_stages = tile
+    return TritonForwardConfig(
+        block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, loads=loads
+    )
+
+
+def predicted(d: int, mask: str, tile: tuple[int, int, int, int], loads: Loads = "descriptor") -> float:
+    registers, smem_bytes = COMPILED[d][tile]
+    return predict_us(PREFILL[d, mask], H200, make_config(tile, loads), registers, smem_bytes).us
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_configs_that_win_on_an_h200_rank_high(d: int, mask: str) -> None:
+    ranking = sorted(COMPILED[d], key=lambda tile: predicted(d, mask, tile))
+    assert set(WINNERS[d]) <= set(ranking[: len(ranking) // 2])
+    assert ranking[-2:] == [(32, 32, 4, 2), (16, 64, 4, 2)]
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_bulk_copies_rank_above_pointers_where_there_are_any(d: int) -> None:
+    for tile in COMPILED[d]:
+        assert predicted(d, "full", tile) < predicted(d, "full", tile, "pointer")
+    a100 = named_target("sm_80")
+    tile = (64, 64, 4, 3)
+    on_a100 = [
+        predict_us(PREFILL[d, "full"], a100, make_config(tile, loads), *COMPILED[d][tile]).us
+        for loads in ("pointer", "descriptor")
+    ]
+    assert on_a100[0] == on_a100[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["b=4 h=16 s=4096 d=128", "b=1 h=16 s=16384 d=128 causal", "b=16 hq=32 hkv=8 sq=1 sk=4096 d=128"]
+)
+def test_a_prediction_is_never_below_the_floor(text: str) -> None:
+    problem = parse_problem(text)
+    for tile, (registers, smem_bytes) in COMPILED[128].items():
+        floor = floor_us(problem, H200)
+        assert predict_us(problem, H200, make_config(tile), registers, smem_bytes).us > floor.us
+
+
+def test_occupancy_and_its_limiter() -> None:
+    problem, config = PREFILL[128, "full"], make_config((128, 64, 4, 2))
+    by_registers = predict_us(problem, H200, config, 250, 40_000)
+    assert (by_registers.occupancy_blocks, by_registers.limiter) == (2, "registers")
+    by_smem = predict_us(problem, H200, config, 128, 131_128)
+    assert (by_smem.occupancy_blocks, by_smem.limiter) == (1, "shared memory")
+    by_threads = predict_us(problem, H200, make_config((128, 64, 32, 2)), 16, 1_000)
+    assert (by_threads.occupancy_blocks, by_threads.limiter) == (2, "threads")
+    assert by_registers.waves == math.ceil(4 * 16 * 32 / (132 * 2))
+
+
+def test_what_does_not_fit_ranks_last() -> None:
+    problem, config = PREFILL[128, "full"], make_config((128, 64, 4, 2))
+    prediction = predict_us(problem, H200, config, 128, H200.smem_bytes + 1)
+    assert prediction.us == math.inf
+    assert (prediction.occupancy_blocks, prediction.limiter) == (0, "shared memory")
+
+
+def test_more_work_never_takes_less_time() -> None:
+    config = make_config((128, 64, 8, 2))
+    for mask in ("full", "causal"):
+        times = [
+            predict_us(parse_problem(f"b=2 h=16 s={s} d=128 {mask}"), H200, config, 128, 98336).us
+            for s in (128, 512, 1000, 1024, 2048, 4096, 16384)
+        ]
+        assert times == sorted(times)
+        assert times[-1] > 4 * times[-2]
+    causal, full = (predict_us(PREFILL[128, mask], H200, config, 128, 98336).us for mask in ("causal", "full"))
+    assert causal < full
+
+
+def test_one_block_too_many_costs_a_wave() -> None:
+    config = make_config((128, 64, 8, 2))
+    whole, over = (predict_us(parse_problem(f"b=1 h={h} s=128 d=128"), H200, config, 128, 98336) for h in (264, 265))
+    assert (whole.waves, over.waves) == (1, 2)
+    assert over.us > whole.us
+
+
+def test_more_registers_or_shared_memory_never_help() -> None:
+    config = make_config((128, 64, 4, 2))
+    problem = PREFILL[128, "full"]
+    by_registers = [predict_us(problem, H200, config, r, 49152).us for r in (96, 128, 168, 250)]
+    by_smem = [predict_us(problem, H200, config, 128, s).us for s in (49152, 98336, 131128, 229376)]
+    assert by_registers == sorted(by_registers)
+    assert by_smem == sorted(by_smem)
+
+
+def test_nothing_to_do_is_legal() -> None:
+    config = make_config((128, 64, 4, 2))
+    for text in ("b=1 h=2 sq=0 sk=64 d=64", "b=0 h=2 s=64 d=64", "b=1 h=2 sq=64 sk=0 d=64 causal"):
+        problem = parse_problem(text)
+        assert 0 < predict_us(problem, H200, config, 128, 49152).us < 20
+        assert floor_us(problem, H200).us < 1
+
+
+def test_other_templates_are_refused() -> None:
+    class OtherConfig(KernelConfig):
+        template = "triton/other"
+
+    with pytest.raises(ConfigError, match="triton/forward"):
+        predict_us(PREFILL[64, "full"], H200, OtherConfig(num_warps=4, num_stages=2), 128, 0)
+
+
+def test_floor_and_rates() -> None:
+    prefill = PREFILL[128, "full"]
+    floor = floor_us(prefill, H200)
+    assert floor.bound == "compute"
+    assert floor.compute_us == pytest.approx(4 * 4 * 16 * 4096**2 * 128 / 989e12 * 1e6)
+    assert tflops(prefill, floor.compute_us) == pytest.approx(989)
+    decode = parse_problem("b=16 hq=32 hkv=8 sq=1 sk=4096 d=128")
+    floor = floor_us(decode, H200)
+    assert floor.bound == "memory"
+    assert floor.us == floor.memory_us
+    assert tbps(decode, floor.memory_us) == pytest.approx(4.8)
+    fp32 = dataclasses.replace(prefill, spec=parse_problem("b=4 h=16 s=4096 d=128 fp32").spec)
+    assert floor_us(fp32, H200).compute_us == pytest.approx(2 * floor_us(prefill, H200).compute_us)
+    with pytest.raises(InputError, match="positive"):
+        tflops(prefill, 0.0)
+    with pytest.raises(InputError, match="positive"):
+        tbps(prefill, math.nan)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+
+from flashgen.errors import InputError
+from flashgen.registry import Interval, MeasuredRange, RegistryEntry, merge
+from flashgen.registry.codec import entry_from_dict
+from flashgen.spec import AttentionSpec, Shape
+
+
+def test_range_covers_its_bounds_and_nothing_beyond() -> None:
+    measured = MeasuredRange(
+        batch=Interval(lo=1, hi=4),
+        nheads_q=Interval(lo=32, hi=32),
+        nheads_kv=Interval(lo=8, hi=32),
+        seqlen_q=Interval(lo=1024, hi=4096),
+        seqlen_k=Interval(lo=1024, hi=4096),
+    )
+    inside = Shape(batch=4, seqlen_q=1024, seqlen_k=4096, nheads_q=32, nheads_kv=8)
+    assert measured.covers(inside)
+    outside = {"batch": 5, "seqlen_q": 1023, "seqlen_k": 4097, "nheads_q": 64, "nheads_kv": 4}
+    for name, size in outside.items():
+        assert not measured.covers(dataclasses.replace(inside, **{name: size})), name
+    assert MeasuredRange.of(inside).covers(inside)
+
+
+def test_values_that_mean_nothing_are_refused(make_entry) -> None:
+    entry = make_entry()
+    with pytest.raises(InputError, match=r"\[5, 4\]"):
+        Interval(lo=5, hi=4)
+    with pytest.raises(InputError, match="tuning_key"):
+        dataclasses.replace(entry, spec=dataclasses.replace(entry.spec, lse=True))
+    with pytest.raises(InputError, match="median_us"):
+        dataclasses.replace(entry.performance, median_us=float("nan"))
+    for date in ("2026-11-22", "2026-11-22 07:00:00Z", "2026-11-22T07:00:00", "2026-13-22T07:00:00Z"):
+        with pytest.raises(InputError, match="UTC"):
+            dataclasses.replace(entry.provenance, date=date)
+
+
+def test_numbers_are_rounded_where_they_are_made(make_entry) -> None:
+    entry = make_entry(median_us=123.456)
+    assert entry.performance.median_us == 123.5
+    assert entry.accuracy.max_error == 1.235e-05
+    assert entry.digest() == make_entry(median_us=123.45).digest()
+
+
+def test_digest_changes_with_every_field(make_entry) -> None:
+    entry = make_entry()
+    changed = [
+        dataclasses.replace(entry, device_name="NVIDIA H100"),
+        dataclasses.replace(entry, origin="predicted"),
+        dataclasses.replace(entry, runners_up=()),
+        dataclasses.replace(entry, config=dataclasses.replace(entry.config, num_warps=4)),
+        dataclasses.replace(entry, provenance=dataclasses.replace(entry.provenance, seed=1)),
+    ]
+    assert len({e.digest() for e in [entry, *changed]}) == 1 + len(changed)
+
+
+def test_every_field_of_an_entry_survives_the_codec(make_entry) -> None:
+    entry = make_entry()
+    assert entry_from_dict(entry.as_dict()) == entry
+    # A field added to the spec must be written too, or two specs would share a winner.
+    assert {f.name for f in dataclasses.fields(AttentionSpec)} == {*entry.as_dict()["spec"], "phase", "lse"}
+
+
+def test_merge_prefers_measured_then_later_then_smaller_digest(make_entry) -> None:
+    old = make_entry(date="2026-11-22T07:00:00Z", median_us=10)
+    later = make_entry(date="2026-11-22T07:00:01Z", median_us=20)
+    predicted = make_entry(date="2027-01-01T00:00:00Z", median_us=1, origin="predicted")
+    assert merge([old], [later]) == (later,)
+    assert merge([later], [predicted]) == (later,)
+    twin = make_entry(date="2026-11-22T07:00:00Z", median_us=11)
+    assert merge([old], [twin]) == (min(old, twin, key=RegistryEntry.digest),)
+
+
+def test_merge_is_a_semilattice_that_loses_no_key(random_entries) -> None:
+    rng = random.Random(7)
+    for _ in range(60):
+        a, b, c = (random_entries(rng, rng.randrange(8)) for _ in range(3))
+        merged = merge(a, b)
+        assert merged == merge(b, a)
+        assert merge(merged, c) == merge(a, merge(b, c))
+        assert merge(merged, merged) == merged == merge(merged, a)
+        assert {e.key() for e in merged} == {e.key() for e in itertools.chain(a, b)}

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashgen import resources
+from flashgen.errors import RegistryError
+from flashgen.registry import (
+    Location,
+    clear_bundles,
+    export_bundle,
+    generation,
+    index,
+    load,
+    load_indexed,
+    search_locations,
+    use_bundle,
+    write_entries,
+)
+from flashgen.spec import full
+
+NAME = "nvidia_h200.forward.yaml"
+
+
+def _refuse_yaml(path: Path) -> None:
+    raise AssertionError(f"{path} was parsed though its index is fresh")
+
+
+def test_index_hit_gives_the_same_entries_without_parsing(tmp_path, make_entry, monkeypatch) -> None:
+    entries = [make_entry(s, head_dim=d) for s in (128, 256) for d in (64, 128)]
+    (path,) = write_entries(tmp_path / "r", entries)
+    miss = load_indexed(path)
+    monkeypatch.setattr(index, "_parse_yaml", _refuse_yaml)
+    hit = load_indexed(path)
+    wanted = make_entry(head_dim=128).spec
+    assert [e.range.seqlen_q.lo for e in hit.candidates(wanted)] == [128, 256]
+    assert hit.candidates(dataclasses.replace(wanted, lse=True)) == hit.candidates(wanted)
+    assert hit.candidates(dataclasses.replace(wanted, mask=full())) == ()
+    assert hit.entries() == miss.entries()
+    assert len(hit.entries()) == 4
+
+
+def test_import_and_index_hit_need_neither_yaml_nor_pydantic(tmp_path, make_entry) -> None:
+    (path,) = write_entries(tmp_path / "r", [make_entry()])
+    load_indexed(path)
+    script = (
+        "import sys; from pathlib import Path; import flashgen.registry as r\n"
+        "file = r.load_indexed(Path(sys.argv[1])); print(len(file.entries()))\n"
+        "print([m for m in ('yaml', 'pydantic', 'filelock', 'torch', 'triton') if m in sys.modules])\n"
+        "r.read_file; print('yaml' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["1", "[]", "True"]
+
+
+def test_index_follows_an_edit_of_the_file(tmp_path, make_entry) -> None:
+    (path,) = write_entries(tmp_path, [make_entry(128)])
+    assert len(load_indexed(path).entries()) == 1
+    write_entries(tmp_path, [make_entry(256)])
+    assert len(load_indexed(path).entries()) == 2
+    path.write_text(path.read_text().replace("num_warps: 8", "num_warps: 4", 1))
+    edited = load_indexed(path)
+    assert len(edited.entries()) == 1
+    assert len(edited.issues) == 1
+    # Issues are never kept in an index: the second look must report them too.
+    assert load_indexed(path).issues == edited.issues
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"\xff\x00garbage",
+        lambda data: data[:-10],
+        lambda data: data.replace(b'"num_warps":8', b'"num_warps":4'),
+        lambda data: data.replace(b'"version": 1', b'"version": 99'),
+        lambda data: b"[1, 2]\n" + data.split(b"\n", 1)[1],
+    ],
+    ids=["empty", "binary", "truncated", "flipped", "other version", "not a header"],
+)
+def test_corrupt_index_counts_as_none(damage, tmp_path, make_entry) -> None:
+    (path,) = write_entries(tmp_path / "r", [make_entry(128), make_entry(256)])
+    expected = load_indexed(path).entries()
+    kept = index.index_path(path)
+    data = kept.read_bytes()
+    assert damage(data) != data
+    kept.write_bytes(damage(data))
+    assert load_indexed(path).entries() == expected
+
+
+def test_index_of_another_code_version_falls_back_to_yaml(tmp_path, make_entry) -> None:
+    (path,) = write_entries(tmp_path / "r", [make_entry()])
+    expected = load_indexed(path).entries()
+    kept = index.index_path(path)
+    head, rows = kept.read_bytes().split(b"\n", 1)
+    rows = rows.replace(b'"spills"', b'"spilled"')
+    header = json.loads(head)
+    header["blocks"] = {key: [len(rows), index.zlib.crc32(rows)] for key in header["blocks"]}
+    kept.write_bytes(json.dumps(header).encode() + b"\n" + rows)
+    assert load_indexed(path).entries() == expected
+
+
+def test_cache_that_cannot_be_written_is_harmless(tmp_path, make_entry, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path / "file" / "cache"))
+    (path,) = write_entries(tmp_path / "r", [make_entry()])
+    assert len(load_indexed(path).entries()) == 1
+
+
+def test_search_order(tmp_path, monkeypatch, make_entry) -> None:
+    models = [tmp_path / "model_a", tmp_path / "model_b"]
+    for model in models:
+        model.mkdir()
+        export_bundle([make_entry()], model)
+        use_bundle(model)
+    monkeypatch.setenv("FLASHGEN_REGISTRY", os.pathsep.join(["/one", "/two.yaml"]))
+    found = [(location.label, location.path) for location in search_locations(tmp_path / "mine")]
+    assert found == [
+        ("argument", tmp_path / "mine"),
+        ("environment", Path("/one")),
+        ("environment", Path("/two.yaml")),
+        ("bundle", models[1] / "flashgen"),
+        ("bundle", models[0] / "flashgen"),
+        ("user", resources.user_registry_dir()),
+        ("shipped", resources.shipped_registry_dir()),
+    ]
+
+
+def test_candidates_come_in_search_order_and_files_once(tmp_path, make_entry) -> None:
+    (mine,) = write_entries(tmp_path / "mine", [make_entry(256)])
+    write_entries(resources.user_registry_dir(), [make_entry(128), make_entry(64, head_dim=64)])
+    locations = (Location(path=mine, label="environment"), *search_locations(tmp_path / "mine"))
+    registry = load(locations)
+    assert registry.issues == ()
+    found = registry.candidates(make_entry().spec)
+    assert [(c.location.label, c.entry.range.seqlen_q.lo) for c in found] == [("environment", 256), ("user", 128)]
+    assert found[0].path == mine
+    assert len(registry.entries()) == 3
+
+
+def test_missing_place_is_an_issue_only_if_somebody_named_it(tmp_path) -> None:
+    issues = load(search_locations(tmp_path / "nowhere")).issues
+    assert [issue.path for issue in issues] == [tmp_path / "nowhere"]
+
+
+def test_damage_beside_sound_files_is_reported_and_skipped(tmp_path, make_entry) -> None:
+    folder = tmp_path / "r"
+    write_entries(folder, [make_entry()])
+    (folder / "broken.yaml").write_text("format: 1\nentries: [")
+    registry = load([Location(path=folder, label="argument")])
+    assert len(registry.entries()) == 1
+    assert [issue.path.name for issue in registry.issues] == ["broken.yaml"]
+
+
+def test_bundles_latest_first_once_and_counted(tmp_path, make_entry) -> None:
+    models = [tmp_path / "a", tmp_path / "b"]
+    for model in models:
+        model.mkdir()
+        (written,) = export_bundle([make_entry()], model)
+        assert written == model / "flashgen" / NAME
+    start = generation()
+    for model in (models[0], models[1], models[0]):
+        assert use_bundle(model) == model / "flashgen"
+    assert [loc.path.parent for loc in search_locations() if loc.label == "bundle"] == models
+    assert generation() == start + 3
+    clear_bundles()
+    assert not [loc for loc in search_locations() if loc.label == "bundle"]
+    assert generation() == start + 4
+
+
+def test_bundle_without_usable_entries_is_refused(tmp_path, make_entry) -> None:
+    with pytest.raises(RegistryError, match="no registry file"):
+        use_bundle(tmp_path)
+    (path,) = export_bundle([make_entry()], tmp_path)
+    path.write_text("format: 2\n")
+    with pytest.raises(RegistryError, match=r"no usable entry.*yaml:1: .*format is 2"):
+        use_bundle(tmp_path)
+    assert not [loc for loc in search_locations() if loc.label == "bundle"]
+    with pytest.raises(RegistryError, match="no such folder"):
+        export_bundle([make_entry()], tmp_path / "absent")

@@ -1,0 +1,133 @@
+"""Each limit refuses what is beyond it, with its numbers, and nothing that runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from flashgen.codegen.config import TritonForwardConfig
+from flashgen.codegen.constraints import (
+    CONSTRAINTS,
+    check_config,
+    require_legal,
+    shared_memory_lower_bound,
+)
+from flashgen.errors import ConfigError
+from flashgen.spec import AttentionSpec, DType
+from flashgen.target import named_target
+
+
+def spec(head_dim: int = 128, dtype: DType = DType.BF16, head_dim_v: int | None = None) -> AttentionSpec:
+    return AttentionSpec(dtype=dtype, head_dim_qk=head_dim, head_dim_v=head_dim_v or head_dim)
+
+
+def config(
+    block_m: int = 128,
+    block_n: int = 64,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    maxnreg: int = 0,
+    loads: str = "pointer",
+    head_group: int = 1,
+) -> TritonForwardConfig:
+    return TritonForwardConfig(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        maxnreg=maxnreg,
+        loads=loads,
+        head_group=head_group,
+    )
+
+
+REFUSED = {
+    "block_power_of_two": (config(block_n=48), spec(), "sm_90", "block_n=48"),
+    "launch_within_limits": (config(num_warps=32), spec(), "gfx942", "2048 threads"),
+    "warps_fit_tile": (config(block_m=64, num_warps=8), spec(), "sm_90", "block_m=64"),
+    "fp32_tile_limited": (config(block_n=128), spec(64, DType.FP32), "sm_90", "16384 scores"),
+    "descriptor_needs_tma": (config(loads="descriptor"), spec(), "sm_80", "sm_80 has none"),
+    "descriptor_alignment": (config(block_m=512, num_warps=16, loads="descriptor"), spec(64), "sm_90", "side of 512"),
+    "maxnreg_legal": (config(maxnreg=100), spec(), "sm_90", "maxnreg=100"),
+    "shared_memory_fits": (config(num_warps=8, num_stages=3), spec(256), "sm_90", "262144 bytes"),
+    "accumulator_fits_registers": (config(block_n=128), spec(), "sm_90", "272 registers a thread of 255"),
+}
+
+# Winners on an H200 (plain Triton, D=128), and what large and float32 heads leave.
+LEGAL = [
+    (config(num_stages=2, loads="descriptor"), spec(), "H200"),
+    (config(block_m=64, num_stages=3, loads="descriptor"), spec(), "H200"),
+    (config(num_warps=8, maxnreg=128, loads="descriptor"), spec(), "H200"),
+    (config(num_stages=3, loads="descriptor"), spec(), "H200"),
+    (config(num_warps=8), spec(256), "H200"),
+    (config(block_m=64, block_n=32, num_stages=1), spec(256, DType.FP32), "sm_120"),
+    (config(num_stages=1), spec(), "gfx942"),
+]
+
+
+def test_every_constraint_has_a_case():
+    assert REFUSED.keys() == CONSTRAINTS.keys()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_with_its_numbers(name):
+    candidate, problem, arch, numbers = REFUSED[name]
+    target = named_target(arch)
+    reason = CONSTRAINTS[name](candidate, problem, target)
+    assert reason is not None
+    assert numbers in reason
+    assert reason in check_config(candidate, problem, target)
+
+
+@pytest.mark.parametrize(("candidate", "problem", "arch"), LEGAL, ids=str)
+def test_lets_through_what_runs(candidate, problem, arch):
+    assert check_config(candidate, problem, named_target(arch)) == ()
+    require_legal(candidate, problem, named_target(arch))
+
+
+@pytest.mark.parametrize(
+    ("candidate", "problem", "arch", "compiled_bytes"),
+    [
+        # What Triton 3.9 allocated for these, compiled without a GPU.
+        (config(num_stages=2, loads="descriptor"), spec(), "sm_90", 98336),
+        (config(num_stages=3), spec(), "sm_90", 131072),
+        (config(num_stages=1), spec(), "sm_90", 49152),
+        (config(num_warps=8, num_stages=2, loads="descriptor"), spec(256), "sm_90", 196640),
+        (config(block_m=64, block_n=128, num_stages=4), spec(256), "sm_100", 558080),
+        (config(num_stages=3), spec(), "sm_80", 98304),
+        (config(num_stages=2), spec(), "sm_120", 65536),
+        (config(num_stages=2), spec(), "gfx942", 32768),
+        (config(block_m=64, block_n=128, num_stages=1), spec(192, DType.FP32, 64), "gfx942", 65536),
+    ],
+)
+def test_shared_memory_bound_is_below_what_the_compiler_takes(candidate, problem, arch, compiled_bytes):
+    bound = shared_memory_lower_bound(candidate, problem, named_target(arch))
+    assert bound <= compiled_bytes
+    if named_target(arch).has_wgmma:
+        assert compiled_bytes - bound <= 64
+
+
+@pytest.mark.parametrize(
+    ("candidate", "arch", "reason"),
+    [
+        (config(maxnreg=128), "gfx942", "no meaning on gfx942"),
+        (config(maxnreg=56), "sm_90", "multiple of 8"),
+        (config(block_m=256, num_warps=16, maxnreg=168), "sm_90", "86016 registers"),
+        (config(maxnreg=128), "sm_90", "registers a thread of 128"),
+        (config(num_warps=3), "sm_90", "num_warps=3"),
+        (config(num_stages=0), "sm_90", "num_stages=0"),
+        (config(head_group=0), "sm_90", "head_group=0"),
+    ],
+)
+def test_other_limits_of_a_launch(candidate, arch, reason):
+    assert any(reason in found for found in check_config(candidate, spec(), named_target(arch)))
+
+
+def test_tensor_memory_takes_the_accumulators_on_blackwell():
+    wide = config(block_n=128)
+    assert check_config(wide, spec(), named_target("sm_100")) == ()
+    assert check_config(wide, spec(), named_target("sm_90")) != ()
+
+
+def test_require_legal_lists_every_reason():
+    with pytest.raises(ConfigError, match=r"block_n=48 .*; .*num_stages=0 .*; .*sm_80 has none"):
+        require_legal(config(block_n=48, num_stages=0, loads="descriptor"), spec(), named_target("sm_80"))

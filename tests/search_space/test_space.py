@@ -1,0 +1,142 @@
+"""The shipped space serves every spec on every GPU, and a damaged file is refused with its place."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from flashgen.codegen.config import TritonForwardConfig
+from flashgen.codegen.constraints import check_config
+from flashgen.errors import ConfigError
+from flashgen.resources import resource_dir
+from flashgen.search_space import load_space
+from flashgen.search_space import space as space_module
+from flashgen.spec import AttentionSpec, DType
+from flashgen.target import known_targets, named_target
+
+TEMPLATE = "triton/forward"
+SHIPPED = (resource_dir("search_spaces") / f"{TEMPLATE}.yaml").read_text()
+
+
+def bf16(head_dim: int) -> AttentionSpec:
+    return AttentionSpec(dtype=DType.BF16, head_dim_qk=head_dim, head_dim_v=head_dim)
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """Return a function that loads the shipped file with one text replaced."""
+    path = tmp_path / f"{TEMPLATE}.yaml"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(space_module, "resource_dir", lambda name: tmp_path)
+
+    def load(old: str, new: str):
+        assert old in SHIPPED
+        path.write_text(SHIPPED.replace(old, new, 1))
+        return load_space(TEMPLATE)
+
+    return load
+
+
+@pytest.mark.parametrize("target", known_targets(), ids=str)
+def test_every_spec_has_seeds_and_legal_configs(target):
+    space = load_space(TEMPLATE)
+    for head_dim, dtype in itertools.product((16, 40, 64, 128, 192, 256), DType):
+        spec = AttentionSpec(dtype=dtype, head_dim_qk=head_dim, head_dim_v=head_dim)
+        legal = space.legal(spec, target)
+        assert legal.seeds
+        assert set(legal.seeds) <= set(legal.configs)
+        assert len(set(legal.configs)) == len(legal.configs) >= 5
+        assert all(check_config(config, spec, target) == () for config in legal.configs)
+
+
+def test_counts_every_refusal_once():
+    space, target = load_space(TEMPLATE), named_target("H200")
+    legal = space.legal(bf16(128), target)
+    total = 1
+    for values in space.parameters(target).values():
+        total *= len(values)
+    assert len(legal.configs) + sum(legal.refused.values()) == total
+    assert legal.refused["shared_memory_fits"] > 0
+    assert legal == load_space(TEMPLATE).legal(bf16(128), target)
+
+
+def test_first_seeds_on_hopper_are_the_measured_winners():
+    seeds = load_space(TEMPLATE).legal(bf16(128), named_target("H200")).seeds
+    winner = TritonForwardConfig(block_m=128, block_n=64, num_warps=4, num_stages=2, loads="descriptor")
+    assert seeds[0] == winner
+    assert len(seeds) == 8
+
+
+def test_architectures_replace_what_they_name():
+    space = load_space(TEMPLATE)
+    amd = space.parameters(named_target("gfx942"))
+    assert (amd["loads"], amd["maxnreg"], amd["num_stages"]) == (("pointer",), (0,), (1, 2))
+    assert amd["block_m"] == space.parameters(named_target("sm_90"))["block_m"]
+    assert list(amd) == sorted(amd)
+
+
+def test_a_value_added_to_the_file_is_searched(edited):
+    space = edited("block_n: [32, 64, 128]", "block_n: [16, 32, 64, 128]")
+    target = named_target("sm_90")
+    added = set(space.legal(bf16(64), target).configs) - set(load_space_shipped().legal(bf16(64), target).configs)
+    assert {config.block_n for config in added} == {16}
+
+
+def load_space_shipped():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space_module, "resource_dir", resource_dir)
+        return load_space(TEMPLATE)
+
+
+def test_an_optional_number_can_be_added(edited):
+    space = edited("num_warps: [2, 4, 8]", "num_warps: [2, 4, 8]\n  head_group: [1, 8]")
+    legal = space.legal(bf16(64), named_target("sm_90"))
+    assert {config.head_group for config in legal.configs} == {1, 8}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("format: 1", "format: 2", r"format: .*1"),
+        ("format: 1", "format: 1\nbudget: 5", "budget: Extra inputs"),
+        ("format: 1", "format: [1", "not valid YAML in line 8: expected"),
+        ("template: triton/forward", "template: triton/backward", "its place in the folder says 'triton/forward'"),
+        ("num_warps: [2, 4, 8]", "num_warps: [2, 4, 4]", "parameters.num_warps: .*given twice: 4"),
+        ("num_warps: [2, 4, 8]", "num_warps: []", "parameters.num_warps: .*at least 1"),
+        ("num_warps: [2, 4, 8]", "num_warps: [2, true]", "parameters.num_warps.1"),
+        ("num_warps: [2, 4, 8]", "num_warps: [2, 4.5]", "parameters.num_warps.1"),
+        ("num_warps: [2, 4, 8]", "num_warps: [2, four]", "parameters.num_warps: num_warps must be a whole number"),
+        ("num_warps: [2, 4, 8]", "warps: [2, 4]", "unknown fields .*warps.*missing fields .*num_warps"),
+        ("loads: [pointer, descriptor]", "loads: [pointer, tma]", "loads must be one of"),
+        ("- warps_fit_tile", "- warps_fit", "constraints: unknown warps_fit; known: block_power_of_two"),
+        ("- warps_fit_tile", "- block_power_of_two", "constraints: .*given twice"),
+        ("seeds: #", "seeds:\n  - {block_m: 128}\n#", "seeds.0: .*missing fields"),
+        (
+            "  sm_120:\n    parameters:",
+            "  sm_120:\n    parameters:\n      head_group: [1]",
+            "targets.sm_120.parameters",
+        ),
+    ],
+)
+def test_a_damaged_file_is_refused_with_its_place(edited, old, new, message):
+    with pytest.raises(ConfigError, match=rf"forward\.yaml: (?s:.*){message}"):
+        edited(old, new)
+
+
+def test_code_in_yaml_is_refused(edited):
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        edited("format: 1", "format: !!python/object/apply:os.getcwd []")
+
+
+def test_unknown_template_lists_the_known():
+    with pytest.raises(ConfigError, match=r"'triton/sideways' .*known: .*triton/forward"):
+        load_space("triton/sideways")
+
+
+def test_unreadable_file_is_refused(edited, tmp_path: Path):
+    edited("format: 1", "format: 1")
+    (tmp_path / f"{TEMPLATE}.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_space(TEMPLATE)

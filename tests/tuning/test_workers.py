@@ -1,0 +1,231 @@
+"""Planted faults: whatever a candidate does to its process, the pool reports it and goes on."""
+
+from __future__ import annotations
+
+import _thread
+import collections
+import ctypes
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flashgen.errors import WorkerError
+from flashgen.tuning.workers import Finished, Outcome, Pool, Worker, WorkerFailure, WorkerResult
+
+PATIENT_S = 60.0
+
+
+class UnpicklableError(Exception):
+    def __init__(self) -> None:
+        super().__init__("holds a lock")
+        self.lock = _thread.allocate_lock()
+
+
+def raise_unpicklable() -> None:
+    raise UnpicklableError
+
+
+def fail_assertion() -> None:
+    os.write(2, b"loading\nkernel.cpp:7: Assertion `rank == 2' failed.\n" + b"#0 frame\n" * 9)
+    os.abort()
+
+
+def fork_and_hang() -> None:
+    child = os.fork()
+    Path(os.environ["FAULT_FILE"]).write_text(str(child or os.getpid()))
+    time.sleep(PATIENT_S)
+
+
+def leave_note() -> None:
+    with open(os.environ["FAULT_FILE"], "a") as file:
+        file.write("set up\n")
+
+
+def square_wrongly(value: int) -> int:
+    return value * value + 1
+
+
+@pytest.fixture(autouse=True)
+def _workers_can_import_this_file(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+
+
+@pytest.fixture
+def worker():
+    worker = Worker("worker under test")
+    yield worker
+    worker.kill()
+
+
+def call(worker: Worker, *request: object) -> Outcome:
+    return worker.call(*request, timeout_s=PATIENT_S)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def dies_within(pid: int, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while is_alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not is_alive(pid)
+
+
+HANG_IN_C = (collections.deque, itertools.count(), 0)  # endless, and no other Python thread gets to run
+
+FAULTS = {
+    "sleep": ((time.sleep, PATIENT_S), 0.5, "timeout", "killed after 0.5 s"),
+    "busy loop in C": (HANG_IN_C, 0.5, "timeout", "killed after 0.5 s"),
+    "abort": ((os.abort,), PATIENT_S, "crashed", "died of SIGABRT"),
+    "segmentation fault": ((ctypes.string_at, 0), PATIENT_S, "crashed", "died of SIGSEGV"),
+    "exit": ((os._exit, 3), PATIENT_S, "crashed", "exited with code 3"),
+    "assertion": ((fail_assertion,), PATIENT_S, "crashed", "Assertion `rank == 2' failed."),
+    "no memory": ((bytearray, 1 << 62), PATIENT_S, "error", "MemoryError"),
+    "sys.exit": ((sys.exit, 4), PATIENT_S, "error", "SystemExit: 4"),
+    "unpicklable result": ((_thread.allocate_lock,), PATIENT_S, "error", "the result does not pickle: TypeError"),
+    "unpicklable exception": ((raise_unpicklable,), PATIENT_S, "error", "UnpicklableError: holds a lock"),
+    "missing function": (("math:no_such",), PATIENT_S, "error", "AttributeError"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_reported_and_the_worker_goes_on(worker, fault):
+    request, timeout_s, kind, detail = FAULTS[fault]
+    assert call(worker, os.getpid) == WorkerResult(value=worker.pid)
+    before = worker.pid
+    outcome = worker.call(*request, timeout_s=timeout_s)
+    assert isinstance(outcome, WorkerFailure)
+    assert (outcome.kind, detail in outcome.detail) == (kind, True), outcome
+    assert call(worker, abs, -1) == WorkerResult(value=1)
+    assert (worker.pid == before) == (kind == "error")
+    assert is_alive(before) == (kind == "error")
+
+
+def test_wrong_and_huge_results_pass_unchanged(worker):
+    assert call(worker, square_wrongly, 3) == WorkerResult(value=10)
+    assert call(worker, bytes, 100_000_000) == WorkerResult(value=bytes(100_000_000))
+
+
+def test_a_pool_full_of_faults_loses_no_task():
+    faults = [
+        request for request, *_ in (FAULTS[name] for name in ("abort", "exit", "no memory", "unpicklable result"))
+    ]
+    with Pool[int](2) as pool:
+        pool.submit(-1, time.sleep, PATIENT_S, timeout_s=0.5)
+        for index in range(12):
+            function, *args = faults[index // 3] if index % 3 == 0 else (square_wrongly, index)
+            pool.submit(index, function, *args, timeout_s=PATIENT_S)
+        assert (pool.pending, pool.idle) == (13, 0)
+        finished: list[Finished[int]] = []
+        while pool.pending:
+            finished += pool.wait(PATIENT_S)
+        assert (pool.pending, pool.idle) == (0, 2)
+    outcomes = {task.task_id: task.outcome for task in finished}
+    assert len(finished) == len(outcomes) == 13
+    failed = {task_id: outcome.kind for task_id, outcome in outcomes.items() if isinstance(outcome, WorkerFailure)}
+    assert failed == {-1: "timeout", 0: "crashed", 3: "crashed", 6: "error", 9: "error"}
+    assert outcomes[7] == WorkerResult(value=50)
+
+
+def test_waiting_is_bounded_and_closing_is_quick():
+    started = time.monotonic()
+    with Pool[str](2) as pool:
+        assert pool.wait(PATIENT_S) == []
+        for name in "abc":
+            pool.submit(name, time.sleep, PATIENT_S, timeout_s=PATIENT_S)
+        assert pool.wait(0.2) == []
+        assert pool.pending == 3
+    assert pool.pending == 0
+    assert time.monotonic() - started < 0.5 * PATIENT_S
+
+
+def test_deadline_kills_the_children_too(tmp_path):
+    note = tmp_path / "child"
+    worker = Worker("forking", env={"FAULT_FILE": str(note)})
+    outcome = worker.call(fork_and_hang, timeout_s=2.0)
+    assert isinstance(outcome, WorkerFailure)
+    assert dies_within(int(note.read_text()), 3.0)
+
+
+def test_setup_runs_once_in_each_process_before_the_first_request(tmp_path):
+    note = tmp_path / "note"
+    worker = Worker("set up", setup=leave_note, env={"FAULT_FILE": str(note)})
+    assert call(worker, note.read_text) == WorkerResult(value="set up\n")
+    assert call(worker, note.read_text) == WorkerResult(value="set up\n")
+    call(worker, os.abort)
+    assert call(worker, note.read_text) == WorkerResult(value="set up\n" * 2)
+    worker.kill()
+
+
+def test_setup_that_raises_is_an_error_of_each_request():
+    worker = Worker("broken", setup="math:no_such")
+    for _ in range(2):
+        outcome = call(worker, abs, 1)
+        assert isinstance(outcome, WorkerFailure)
+        assert outcome.kind == "error"
+        assert outcome.detail.startswith("broken could not be set up: AttributeError")
+        assert worker.pid is None
+
+
+def test_setup_that_crashes_or_hangs_is_reported():
+    crashing = Worker("crashing", setup=os.abort)
+    outcome = call(crashing, abs, 1)
+    assert outcome == WorkerFailure(kind="crashed", detail="crashing died of SIGABRT while it started")
+    hanging = Worker("hanging", setup=signal.pause, start_timeout_s=1.0)
+    outcome = call(hanging, abs, 1)
+    assert outcome == WorkerFailure(kind="timeout", detail="hanging killed after 1 s while it started")
+
+
+def test_worker_imports_only_what_the_function_needs(worker):
+    outcome = call(worker, "builtins:eval", "sorted(__import__('sys').modules)")
+    assert isinstance(outcome, WorkerResult)
+    assert not {"torch", "triton", "optuna", "pytest", "numpy"} & set(outcome.value)
+
+
+@pytest.mark.parametrize("request_text", ["time.sleep, 60", "collections.deque, itertools.count(), 0"])
+def test_worker_dies_with_a_killed_parent(request_text):
+    script = (
+        "import collections, itertools, time\n"
+        "from flashgen.tuning.workers import Worker, pack_request\n"
+        "worker = Worker('orphan')\n"
+        "worker.call(abs, 1, timeout_s=60)\n"
+        f"worker.begin(pack_request({request_text}), timeout_s=60)\n"
+        "print(worker.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    env_path = os.pathsep.join(path for path in sys.path if path)
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {env_path.split(os.pathsep)!r}\n{script}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert is_alive(pid)
+        parent.kill()
+    assert dies_within(pid, 5.0)
+
+
+def test_interrupting_the_terminal_leaves_the_worker_alive(worker):
+    call(worker, abs, 1)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGINT)
+    assert call(worker, os.getpid) == WorkerResult(value=worker.pid)
+
+
+def test_refuses_what_cannot_cross(worker):
+    with pytest.raises(WorkerError, match="top level of a module"):
+        call(worker, lambda: 1)
+    with pytest.raises(WorkerError, match="at least 1 worker"):
+        Pool(0)
