@@ -46,7 +46,10 @@ def bench(
     host: Host = False,
     as_json: options.Json = False,
 ) -> None:
-    """Time flashgen.attention beside cuDNN, FlashAttention and FlexAttention, on a cold L2 cache; needs a GPU."""
+    """Time flashgen beside other implementations.
+
+    Each is checked first, then all are timed in the same interleaved rounds on a cold L2 cache. Needs a GPU.
+    """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     chosen = parse_config(config)
     gpu = require_gpu(device, "bench")
@@ -118,7 +121,7 @@ def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
                 )
             )
         host_rows += [(problem, name, f"{us:.2f}") for name, us in comparison.host_us.items()]
-    numeric = ("us", "TFLOP/s", "flashgen is faster by", "spread")
+    numeric = ("us", "TFLOP/s", "of flashgen's time", "spread")
     print_table(("problem", "implementation", "kernel", *numeric, "error of allowed"), rows, numeric=numeric)
     if host_rows:
         print_table(("problem", "on the host", "us a call"), host_rows, numeric=("us a call",))

@@ -82,21 +82,17 @@ def _launched(problem: Problem, selection: Selection, device: torch.device) -> A
     tensors = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse} if lse is not None else {})
     config, target = selection.config, selection.target
     compiled = compile_kernel(render(spec, config), spec, config, target)
-    bind_forward(problem, config, compiled, _scale(problem), tensors)()
+    bind_forward(problem, config, compiled, problem.spec.default_scale, tensors)()
     heads = shape.batch * shape.nheads_q
     few = heads * shape.seqlen_q * shape.seqlen_k > _MAX_CHECKED_SCORES
     pairs = sampled_heads(shape.batch, shape.nheads_q, _CHECKED_HEADS if few else max(2, heads), seed=0)
     sample = take_heads(pairs, q, k, v, out, lse)
-    oracle = Oracle(sample.q, sample.k, sample.v, mask=spec.mask, softmax_scale=_scale(problem))
+    oracle = Oracle(sample.q, sample.k, sample.v, mask=spec.mask, softmax_scale=problem.spec.default_scale)
     return oracle.judge(sample.out, sample.lse)
 
 
 def _interpreted(problem: Problem, config: KernelConfig) -> AccuracyReport:
     q, k, v = random_inputs(problem, device="cpu", seed=0)
-    scale = _scale(problem)
+    scale = problem.spec.default_scale
     out, lse = interpret_forward(q, k, v, problem=problem, config=config, softmax_scale=scale)
     return Oracle(q, k, v, mask=problem.spec.mask, softmax_scale=scale).judge(out, lse)
-
-
-def _scale(problem: Problem) -> float:
-    return float(problem.spec.head_dim_qk) ** -0.5

@@ -113,7 +113,9 @@ def _judge(problem: Problem, calls: dict[str, Run], q: Tensor, k: Tensor, v: Ten
     reports = {}
     for name, run in calls.items():
         sample = take_heads(pairs, q, k, v, run(), None)
-        oracle = oracle or Oracle(sample.q, sample.k, sample.v, mask=problem.spec.mask, softmax_scale=_scale(problem))
+        oracle = oracle or Oracle(
+            sample.q, sample.k, sample.v, mask=problem.spec.mask, softmax_scale=problem.spec.default_scale
+        )
         reports[name] = oracle.judge(sample.out, None)
     return reports
 
@@ -129,7 +131,7 @@ def _host_costs(
 ) -> dict[str, float]:
     """Return what one call costs the host, in microseconds, and what of flashgen's goes where."""
     problem = dataclasses.replace(selection.problem, spec=dataclasses.replace(selection.problem.spec, lse=False))
-    spec, scale = problem.spec, _scale(problem)
+    spec, scale = problem.spec, problem.spec.default_scale
     path = "" if registry is None else str(registry)
     options = Options(
         mask=spec.mask,
@@ -153,7 +155,3 @@ def _host_costs(
         "finding the choice again": max(0.0, body_us - bound_us),
         "choosing a kernel": host_time_us(lambda: choose(problem, selection.target, options, operands)),
     }
-
-
-def _scale(problem: Problem) -> float:
-    return float(problem.spec.head_dim_qk) ** -0.5

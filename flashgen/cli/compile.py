@@ -49,7 +49,10 @@ def compile_kernels(
     out: Out = None,
     as_json: options.Json = False,
 ) -> None:
-    """Compile the kernels that would run, for any GPU and without one: registers, spills, shared memory."""
+    """Compile for any GPU, without having one.
+
+    Shows the registers, spills and shared memory of the kernels that would run there.
+    """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     targets = _targets(device, target)
     loaded, chosen = load_registry(registry), parse_config(config)

@@ -14,7 +14,10 @@ EXAMPLE = "flashgen doctor --json"
 
 
 def doctor(registry: options.Registry = None, as_json: options.Json = False) -> None:
-    """Look at the machine, the versions, the folders and the registries, and say what is missing."""
+    """Say what is here and what is missing.
+
+    Looks at the machine, the versions, the folders, the registries, the compiler and the interpreter.
+    """
     from flashgen.cli.machine import examine
 
     findings = tuple(examine(registry))

@@ -37,7 +37,7 @@ def emit(
     output: Output = None,
     as_json: options.Json = False,
 ) -> None:
-    """Print the generated source of the kernel that would run, or of --config."""
+    """Print the source of the kernel that would run."""
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     selections = select_all(
         problems, resolve_target(device, target), load_registry(registry), config=parse_config(config)

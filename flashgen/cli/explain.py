@@ -25,7 +25,11 @@ def explain(
     registry: options.Registry = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say which kernel a problem would get, from which entry, and why not the others; 3 if nothing is tuned for one."""
+    """Say which kernel a problem would get, and why.
+
+    From which entry it comes, how far that is from what was measured, and why not the others. Exit code 3 if nothing is
+    tuned for one of the problems.
+    """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     selections = select_all(problems, resolve_target(device, target), load_registry(registry))
     if as_json:

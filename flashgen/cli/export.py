@@ -15,9 +15,12 @@ from flashgen.cli.output import note, print_json, print_table
 from flashgen.cli.problems import resolve_problems
 from flashgen.cli.targets import resolve_target
 from flashgen.registry import Registry, export_bundle
-from flashgen.target import GpuTarget, named_target
+from flashgen.target import GpuTarget, Software, named_target
 
 EXAMPLE = "flashgen export --model Llama-3-8B/config.json --to Llama-3-8B/"
+
+# An entry is judged by its versions where it is used, not where it is exported.
+_ANY = Software(flashgen="any", triton="any", torch="any", driver="any")
 
 To = typing.Annotated[
     Path,
@@ -37,15 +40,16 @@ def export(
     registry: options.Registry = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write the tuned entries that a model needs beside its weights, where flashgen.use(MODEL_DIR) finds them.
+    """Put a model's tuned entries beside its weights.
 
-    Without --device and --target: for every device that the registries hold entries of. 3 if there is no entry at all.
+    `flashgen.use(MODEL_DIR)` finds them there. Without --device and --target: for every device that the registries
+    hold entries of. Exit code 3 if there is no entry at all.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     loaded = load_registry(registry)
     named = device is not None or target is not None
     targets = (resolve_target(device, target),) if named else _tuned_targets(loaded)
-    selections = [selection for each in targets for selection in select_all(problems, each, loaded)]
+    selections = [selection for each in targets for selection in select_all(problems, each, loaded, software=_ANY)]
     found = [(selection, selection.entry) for selection in selections if selection.entry is not None]
     for selection in selections:
         if selection.entry is None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 from flashgen.cli.output import note
 from flashgen.codegen import KernelConfig
+from flashgen.dispatch import Selection, select
 from flashgen.registry import Registry, load, search_locations
 from flashgen.spec import Problem
-from flashgen.target import GpuTarget
-
-if typing.TYPE_CHECKING:
-    from flashgen.dispatch import Selection
+from flashgen.target import GpuTarget, Software
 
 
 def load_registry(path: Path | None) -> Registry:
@@ -25,18 +22,22 @@ def load_registry(path: Path | None) -> Registry:
 
 
 def select_all(
-    problems: Sequence[Problem], target: GpuTarget, registry: Registry, config: KernelConfig | None = None
+    problems: Sequence[Problem],
+    target: GpuTarget,
+    registry: Registry,
+    config: KernelConfig | None = None,
+    software: Software | None = None,
 ) -> tuple[Selection, ...]:
-    """Return the selection for each problem of dense tensors.
+    """Return the selection for each problem of dense tensors, by default for the software at hand.
 
     Raises:
         ConfigError: if `config` is illegal for one of them.
         NoKernelError: if nothing can run one of them.
     """
-    from flashgen.dispatch import select
-    from flashgen.launch import software_versions
+    if software is None:
+        from flashgen.launch import software_versions
 
-    software = software_versions()
+        software = software_versions()
     return tuple(select(problem, target, registry=registry, software=software, config=config) for problem in problems)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import typing
 from collections.abc import Iterator
@@ -54,15 +55,16 @@ def examine(registry: Path | None) -> Iterator[Finding]:
             yield finding
             targets += [target] if target else []
         yield _compiler(targets[0] if targets else named_target("sm_90"))
-        yield _interpreter()
+        yield interpreter_finding()
 
 
 def _package(name: str, needed: tuple[int, ...]) -> Finding:
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    # By the module's name: ROCm's Triton, for one, is a distribution of another.
+    distributions = importlib.metadata.packages_distributions().get(name)
+    if not distributions:
         return Finding(name=name, value=f"not installed; pip install {name}", state="missing")
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdecimal())
+    version = importlib.metadata.version(distributions[0])
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if numbers < needed:
         oldest = ".".join(map(str, needed))
         return Finding(name=name, value=f"{version}, needs {oldest}; pip install -U {name}", state="missing")
@@ -127,7 +129,7 @@ def _compiler(target: GpuTarget) -> Finding:
     return Finding(name="compiler", value=f"works for {target.arch}")
 
 
-def _interpreter() -> Finding:
+def interpreter_finding() -> Finding:
     """Interpret the safest kernel; some pairs of Triton and NumPy cannot."""
     from flashgen.heuristics.forward import safe_configs
     from flashgen.launch import interpret_forward

@@ -12,7 +12,10 @@ EXAMPLE = "flashgen show --registry tuned/"
 
 
 def show(registry: options.Registry = None, as_json: options.Json = False) -> None:
-    """List what is in the registries: from where, how fast, and whether it still speaks of today's templates."""
+    """List what is in the registries.
+
+    Each entry with its file, how fast it was, and whether it is stale: measured on a template that has changed since.
+    """
     locations = search_locations(registry)
     loaded = load(locations)
     # Entries first: a damaged index is found out, and its file's issues with it, while they are decoded.

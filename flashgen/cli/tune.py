@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
+from pathlib import Path
 
 import typer
 
@@ -32,6 +33,10 @@ Workers = typing.Annotated[
 ]
 Seed = typing.Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the search.")]
 
+Folder = typing.Annotated[
+    Path | None, typer.Option("--registry", metavar="DIR", help="Folder to write to; default: the user's registry.")
+]
+
 
 def tune(
     model: options.Model = None,
@@ -41,7 +46,7 @@ def tune(
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
     device: options.Device = None,
     target: options.Target = None,
-    registry: options.Registry = None,
+    registry: Folder = None,
     effort: Effort = "quick",
     budget: Budget = None,
     study: Study = None,
@@ -49,9 +54,10 @@ def tune(
     seed: Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Search the best config for each problem: compile, check, time, and write the registry (--registry, a folder).
+    """Search the best configs and write the registry.
 
-    Without a GPU a model ranks the candidates, and the entries are marked as predicted.
+    Every candidate is compiled, checked against float64 and timed; Ctrl-C keeps the best so far, and the same command
+    goes on. Without a GPU a model ranks the candidates, and the entries are marked as predicted.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     budget_s = None if budget is None else parse_seconds(budget)

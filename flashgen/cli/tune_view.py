@@ -16,7 +16,7 @@ from flashgen.cli.tune_report import trials_text
 from flashgen.measure import Timing, tflops
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
-from flashgen.tuning.events import Observer, ProblemResult, TrialRecord
+from flashgen.tuning.events import Observer, ProblemResult, SilentObserver, TrialRecord
 
 _SHOWN = 8
 
@@ -44,10 +44,10 @@ def summary(result: ProblemResult) -> str:
     if result.entry is None:
         return f"{result.problem}: no config found: {result.note}"
     found = f"{short_config(result.entry.config)} {result.entry.performance.median_us:g} us"
-    return f"{result.problem}: {found}, {trials_text(result)} trials, {result.wall_s:.0f} s"
+    return f"{result.problem}: {found} in {result.wall_s:.0f} s; trials: {trials_text(result)}"
 
 
-class LineObserver:
+class LineObserver(SilentObserver):
     """Prints a line for each problem and for each stage that ended."""
 
     def __init__(self) -> None:
@@ -66,9 +66,6 @@ class LineObserver:
         if self._stage and text != self._stage:
             note(f"  done: {self._stage}")
         self._stage = text
-
-    def trial(self, record: TrialRecord, best: TrialRecord | None, done: int, seconds_left: float | None) -> None:
-        pass
 
     def problem_finished(self, result: ProblemResult) -> None:
         self.stage("")

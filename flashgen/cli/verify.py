@@ -33,7 +33,11 @@ def verify(
     config: options.Config = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check the numerics of what would run against float64: on the GPU, or without one in the interpreter."""
+    """Check the numerics of what would run.
+
+    Against float64, at the problem's own sizes and at awkward ones: on the GPU, or without one, or for a --target, in
+    Triton's interpreter at small sizes.
+    """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     resolved = resolve_target(device, target)
     selections = select_all(problems, resolved, load_registry(registry), config=parse_config(config))

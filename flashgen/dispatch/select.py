@@ -12,10 +12,9 @@ from flashgen.dispatch.distance import same_regime, shape_distance
 from flashgen.dispatch.selection import RUNGS, Refusal, Rung, Selection
 from flashgen.errors import ConfigError, NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
-from flashgen.launch import Software
 from flashgen.registry import Located, Registry, RegistryEntry
 from flashgen.spec import Problem
-from flashgen.target import GpuTarget
+from flashgen.target import GpuTarget, Software
 
 Usable = collections.abc.Callable[[KernelConfig], "str | None"]
 

@@ -1,6 +1,6 @@
 """Running rendered kernels: on a GPU around Triton's JIT, on a CPU through its interpreter."""
 
-from flashgen.launch.device import Software, detect_target, software_versions
+from flashgen.launch.device import detect_target, software_versions
 from flashgen.launch.forward import (
     ForwardLaunch,
     Operands,
@@ -15,7 +15,6 @@ from flashgen.launch.interpreter import fill_unseen, interpret_forward
 __all__ = [
     "ForwardLaunch",
     "Operands",
-    "Software",
     "allocate_outputs",
     "bind_forward",
     "detect_target",

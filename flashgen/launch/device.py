@@ -10,7 +10,7 @@ import triton
 
 import flashgen
 from flashgen.errors import InputError
-from flashgen.target import GpuTarget, known_targets, named_target
+from flashgen.target import GpuTarget, Software, known_targets, named_target
 
 
 @functools.lru_cache(maxsize=64)
@@ -41,16 +41,6 @@ def detect_target(device: torch.device) -> GpuTarget:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Software:
-    """Versions that a measurement depends on; empty text where there is none."""
-
-    flashgen: str
-    triton: str
-    torch: str
-    driver: str
-
-
 @functools.lru_cache(maxsize=1)
 def software_versions() -> Software:
     """Return the versions of flashgen, Triton, PyTorch and, where a GPU is, its driver."""
@@ -64,7 +54,7 @@ def software_versions() -> Software:
 
 def _driver_version() -> str:
     if not torch.cuda.is_available():
-        return ""
+        return "none"
     # NVML's version string ("580.159.04") names the driver; the CUDA API number does not.
     try:
         import pynvml
@@ -88,4 +78,4 @@ def _driver_file_version() -> str:
         numbers = [word for word in words if word.replace(".", "").isdigit() and "." in word]
         if numbers:
             return numbers[0]
-    return ""
+    return "unknown"

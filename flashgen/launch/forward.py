@@ -124,8 +124,9 @@ class ForwardLaunch:
 
 def launch(handle: typing.Any, grid: int, arguments: typing.Sequence[object]) -> None:
     """Launch a Triton kernel on the current device and stream, around the JIT and its argument parsing."""
-    if triton.knobs.runtime.launch_enter_hook is not None:
-        # A profiler listens: take the public way, which tells it what runs.
+    hooks = triton.knobs.runtime
+    if _listens(hooks.launch_enter_hook) or _listens(hooks.launch_exit_hook):
+        # A profiler: take the public way, which tells it what runs.
         handle[(grid, 1, 1)](*arguments)
         return
     driver = triton.runtime.driver.active
@@ -133,6 +134,11 @@ def launch(handle: typing.Any, grid: int, arguments: typing.Sequence[object]) ->
     # `run` loads the binary on first use, so it must be read before `function`.
     run = handle.run
     run(grid, 1, 1, stream, handle.function, handle.packed_metadata, None, None, None, *arguments)
+
+
+def _listens(hook: typing.Any) -> bool:
+    # A chain of hooks, empty unless somebody added one; older code sets a plain function or None.
+    return bool(getattr(hook, "calls", hook))
 
 
 def grid_size(shape: Shape, config: KernelConfig) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 import threading
 import typing
 
+import numpy as np
 import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
@@ -73,7 +74,8 @@ def run_interpreted(kernel: typing.Any, grid: int, arguments: typing.Mapping[str
         UnsupportedError: where this Triton and this NumPy cannot interpret together.
     """
     try:
-        with _LOCK, _device_functions_interpreted():
+        # Rows that see no key take the logarithm of 0, as on the GPU.
+        with _LOCK, _device_functions_interpreted(), np.errstate(divide="ignore"):
             InterpretedFunction(kernel.fn)[(grid,)](**arguments)
     except Exception as error:
         if "only 0-dimensional arrays" in str(error) or "only length-1 arrays" in str(error):

@@ -14,7 +14,7 @@ from flashgen.errors import InputError, UnsupportedError
 from flashgen.launch import Operands, detect_target
 from flashgen.ops.checks import LAYOUTS, Layout, check_layout, combine_mask, heads_first, problem_of
 from flashgen.ops.runtime import Options, choose
-from flashgen.ops.torch_op import encode_config
+from flashgen.ops.torch_op import encode_config, run
 from flashgen.spec import Mask, Problem, parse_problem
 from flashgen.target import named_target
 
@@ -100,18 +100,18 @@ def attention(
         )
     if softmax_scale is None:
         softmax_scale = float(q.shape[-1]) ** -0.5
-    out, lse = torch.ops.flashgen.attention_forward(
+    out, lse = run(
         q,
         k,
         v,
-        str(combine_mask(causal, mask)),
+        ("causal" if causal else "full") if mask is None else str(combine_mask(causal, mask)),
         float(softmax_scale),
         layout,
         return_lse,
         "" if config is None else encode_config(config),
         "" if registry is None else os.fspath(registry),
     )
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 def explain(
@@ -182,6 +182,4 @@ def _run_once(problem: Problem, layout: Layout, device: torch.device) -> None:
     k = empty(shape.nheads_kv, shape.seqlen_k, spec.head_dim_qk)
     v = empty(shape.nheads_kv, shape.seqlen_k, spec.head_dim_v)
     for return_lse in (False, True):
-        torch.ops.flashgen.attention_forward(
-            q, k, v, str(spec.mask), float(spec.head_dim_qk) ** -0.5, layout, return_lse, "", ""
-        )
+        torch.ops.flashgen.attention_forward(q, k, v, str(spec.mask), spec.default_scale, layout, return_lse, "", "")

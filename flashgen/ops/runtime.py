@@ -29,7 +29,7 @@ from flashgen.target import GpuTarget
 
 logger = logging.getLogger("flashgen")
 
-Outputs = tuple[torch.Tensor, torch.Tensor]
+Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
 Runner = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
 
 
@@ -165,11 +165,12 @@ class _Bound:
         self._device = q.device
         self._out_size = (*q.shape[:3], problem.spec.head_dim_v)
         self._lse_size = _lse_size(problem)
+        self._index = q.device.index
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Outputs:
         out = q.new_empty(self._out_size)
-        lse = q.new_empty(self._lse_size, dtype=torch.float32)
-        if torch.cuda.current_device() == self._device.index:
+        lse = q.new_empty(self._lse_size, dtype=torch.float32) if self._lse_size else None
+        if torch.cuda.current_device() == self._index:
             self._launch(q, k, v, out, lse)
         else:
             with torch.cuda.device(self._device):
@@ -177,17 +178,16 @@ class _Bound:
         return out, lse
 
 
-def _lse_size(problem: Problem) -> tuple[int, ...]:
+def _lse_size(problem: Problem) -> tuple[int, ...] | None:
     shape = problem.shape
-    return (shape.batch, shape.nheads_q, shape.seqlen_q) if problem.spec.lse else (0,)
+    return (shape.batch, shape.nheads_q, shape.seqlen_q) if problem.spec.lse else None
 
 
 def _run_unseen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, problem: Problem) -> Outputs:
     """Return the outputs of a call without any key or without any query: nothing to launch."""
     out = q.new_empty((*q.shape[:3], problem.spec.head_dim_v))
-    lse = q.new_empty(_lse_size(problem), dtype=torch.float32)
-    fill_unseen(out, lse)
-    return out, lse
+    lse_size = _lse_size(problem)
+    return fill_unseen(out, q.new_empty(lse_size, dtype=torch.float32) if lse_size else None)
 
 
 @functools.lru_cache(maxsize=8)

@@ -60,6 +60,8 @@ class HeaderModel(_Model):
 
 
 class SpecModel(_Model):
+    """What an entry computes."""
+
     dtype: Text
     head_dim_qk: Count
     head_dim_v: Count
@@ -67,6 +69,8 @@ class SpecModel(_Model):
 
 
 class RangeModel(_Model):
+    """The sizes an entry was measured on, each as [lo, hi]."""
+
     batch: Bounds
     nheads_q: Bounds
     nheads_kv: Bounds
@@ -75,6 +79,8 @@ class RangeModel(_Model):
 
 
 class PerformanceModel(_Model):
+    """How fast the winner is."""
+
     median_us: Number
     spread: Number
     tflops: Number
@@ -84,22 +90,30 @@ class PerformanceModel(_Model):
 
 
 class AccuracyModel(_Model):
+    """How exact the winner is."""
+
     max_error: Number
     allowed_error: Number
 
 
 class ResourcesModel(_Model):
+    """What the winner takes."""
+
     registers: Count
     spills: Count
     smem_bytes: Count
 
 
 class RunnerUpModel(_Model):
+    """A config that came close."""
+
     median_us: Number
     config: ConfigModel
 
 
 class ProvenanceModel(_Model):
+    """How an entry came to be."""
+
     template_digest: Text
     flashgen: Text
     triton: Text

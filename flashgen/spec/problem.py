@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 
 from flashgen.errors import InputError
@@ -41,6 +42,11 @@ class AttentionSpec:
         for name, size in (("head_dim_qk", self.head_dim_qk), ("head_dim_v", self.head_dim_v)):
             if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % 8:
                 raise InputError(f"{name} must be a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {size}")
+
+    @property
+    def default_scale(self) -> float:
+        """The factor of the scores where the caller gives none: head_dim_qk ** -0.5."""
+        return 1.0 / math.sqrt(self.head_dim_qk)
 
     def tuning_key(self) -> AttentionSpec:
         """Return the spec that tuned entries are kept under: lse adds one float per row and never moves the winner."""

@@ -17,7 +17,7 @@ def check_interpreted(problem: Problem, config: KernelConfig) -> tuple[float, fl
     """Return the largest error and what is allowed, over small awkward shapes, or why the config is wrong."""
     group = min(problem.shape.group, 2)
     spec = dataclasses.replace(problem.spec, lse=True)
-    scale = float(spec.head_dim_qk**-0.5)
+    scale = spec.default_scale
     worst = (0.0, 0.0)
     for seqlen_q, seqlen_k in _LENGTHS:
         shape = Shape(batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, nheads_q=group, nheads_kv=1)

@@ -67,7 +67,7 @@ def evaluate(problem: Problem, config: KernelConfig, best_us: float | None) -> O
         report = _check_own_shape(problem, config, compiled)
         if isinstance(report, Rejected):
             return report
-        call = bind_forward(problem, config, compiled, _scale(problem), _tensors(problem))
+        call = bind_forward(problem, config, compiled, problem.spec.default_scale, _tensors(problem))
         timing = quick_time(call, _clock(), _FIRST_LAUNCHES)
         if best_us is None or timing.median_us < _HOPELESS * best_us:
             timing = benchmark({"": call}, clock=_clock(), rounds=_RUNG_ROUNDS, target_ms=_RUNG_MS)[""]
@@ -95,7 +95,7 @@ def check_awkward(problem: Problem, config: KernelConfig) -> Rejected | None:
         if shape.seqlen_k == 0:
             fill_unseen(out, lse)
         else:
-            bind_forward(small, config, compiled, _scale(small), tensors)()
+            bind_forward(small, config, compiled, small.spec.default_scale, tensors)()
         report = _oracle(small).judge(out, lse)
         if not report.ok:
             return Rejected(stage="accuracy", reason=f"at {shape}: {report.reason}")
@@ -117,7 +117,7 @@ def race(
     """
     tensors = _tensors(problem)
     calls: dict[str, typing.Callable[[], object]] = {
-        str(index): bind_forward(problem, config, _compiled(problem.spec, config), _scale(problem), tensors)
+        str(index): bind_forward(problem, config, _compiled(problem.spec, config), problem.spec.default_scale, tensors)
         for index, config in enumerate(configs)
     }
     if configs:
@@ -138,7 +138,7 @@ def _check_own_shape(
     problem: Problem, config: KernelConfig, compiled: CompiledKernel
 ) -> tuple[float, float] | Rejected:
     tensors = _tensors(problem)
-    call = bind_forward(problem, config, compiled, _scale(problem), tensors)
+    call = bind_forward(problem, config, compiled, problem.spec.default_scale, tensors)
     out = tensors["out"]
     out.fill_(float("nan"))
     call()
@@ -147,7 +147,7 @@ def _check_own_shape(
     if not report.ok:
         return Rejected(stage="accuracy", reason=f"at {problem.shape}: {report.reason}")
     again = torch.full_like(out, float("nan"))
-    bind_forward(problem, config, compiled, _scale(problem), {**tensors, "out": again})()
+    bind_forward(problem, config, compiled, problem.spec.default_scale, {**tensors, "out": again})()
     if not torch.equal(out, again):
         return Rejected(stage="accuracy", reason=f"at {problem.shape}: two runs differ in their bits")
     return report.max_error, report.allowed_error
@@ -162,7 +162,7 @@ def _sample(problem: Problem) -> tuple[tuple[tuple[int, int], ...], Oracle]:
     tensors = _tensors(problem)
     pairs = sampled_heads(problem.shape.batch, problem.shape.nheads_q, _CHECKED_HEADS, seed=0)
     taken = _take(pairs, tensors, tensors["out"])
-    return pairs, Oracle(taken.q, taken.k, taken.v, mask=problem.spec.mask, softmax_scale=_scale(problem))
+    return pairs, Oracle(taken.q, taken.k, taken.v, mask=problem.spec.mask, softmax_scale=problem.spec.default_scale)
 
 
 @functools.lru_cache(maxsize=1)
@@ -173,7 +173,9 @@ def _tensors(problem: Problem) -> dict[str, torch.Tensor]:
 @functools.lru_cache(maxsize=256)
 def _oracle(problem: Problem) -> Oracle:
     inputs = _inputs(problem, 1)
-    return Oracle(inputs["q"], inputs["k"], inputs["v"], mask=problem.spec.mask, softmax_scale=_scale(problem))
+    return Oracle(
+        inputs["q"], inputs["k"], inputs["v"], mask=problem.spec.mask, softmax_scale=problem.spec.default_scale
+    )
 
 
 def _inputs(problem: Problem, seed: int) -> dict[str, torch.Tensor]:
@@ -201,10 +203,6 @@ def _clock() -> CudaClock:
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _scale(problem: Problem) -> float:
-    return float(problem.spec.head_dim_qk**-0.5)
 
 
 def _context_is_lost() -> bool:

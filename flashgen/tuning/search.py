@@ -9,11 +9,10 @@ import typing
 
 from flashgen.codegen import KernelConfig, KernelResources, render
 from flashgen.compile import CompileReport, compile_job
-from flashgen.launch import Software
 from flashgen.measure import Measurement, Outcome, Rejected, Timing, tflops
 from flashgen.registry import Accuracy, MeasuredRange, Performance, Provenance, RegistryEntry, RunnerUp
 from flashgen.spec import Problem
-from flashgen.target import GpuTarget
+from flashgen.target import GpuTarget, Software
 from flashgen.tuning.effort import Effort
 from flashgen.tuning.evaluators import Evaluator, Final
 from flashgen.tuning.events import Observer, ProblemResult, TrialRecord

@@ -17,12 +17,12 @@ from flashgen.codegen import KernelConfig
 from flashgen.codegen.constraints import check_config
 from flashgen.errors import FlashgenError, InputError
 from flashgen.heuristics import default_configs
-from flashgen.launch import Software, detect_target, software_versions
+from flashgen.launch import detect_target, software_versions
 from flashgen.registry import load, search_locations, write_entries
 from flashgen.resources import cache_dir, user_registry_dir
 from flashgen.search_space import load_space
 from flashgen.spec import Problem
-from flashgen.target import GpuTarget, named_target
+from flashgen.target import GpuTarget, Software, named_target
 from flashgen.tuning.effort import Effort, effort_named
 from flashgen.tuning.evaluators import Evaluator, GpuEvaluator, ModelEvaluator
 from flashgen.tuning.events import Observer, ProblemResult, SilentObserver, TuneReport

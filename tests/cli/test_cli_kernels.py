@@ -1,0 +1,161 @@
+"""compile, verify, bench and doctor: what touches kernels."""
+
+from __future__ import annotations
+
+import json
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashgen.cli.bench import show_comparisons
+from flashgen.cli.comparison import OURS, Comparison, compare
+from flashgen.cli.machine import interpreter_finding
+from flashgen.measure import AccuracyReport, HostClock, attention_reference
+from flashgen.measure.peers import Peer
+from flashgen.spec import Problem, parse_problem
+
+SMALL = "b=1 hq=2 hkv=1 s=128 d=64 causal fp16"
+
+
+def test_compile_writes_what_it_built(run: typing.Any, tmp_path: Path) -> None:
+    result = run("compile", "--shape", SMALL, "--target", "sm_90", "--out", tmp_path / "build", "--json")
+    assert result.exit_code == 0, result.stderr
+    (kernel,) = json.loads(result.stdout)["kernels"]
+    assert kernel["arch"] == "sm_90"
+    assert 32 <= kernel["registers"] <= 255
+    assert kernel["smem_bytes"] > 0
+    files = {Path(name).suffix: Path(name) for name in kernel["files"]}
+    assert set(files) == {".cubin", ".ptx", ".py"}
+    assert files[".cubin"].stat().st_size == kernel["binary_bytes"]
+    assert ".target sm_90" in files[".ptx"].read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def interpreter() -> None:
+    """Skip where this Triton and this NumPy cannot interpret: `flashgen doctor` says so too."""
+    finding = interpreter_finding()
+    if finding.state != "ok":
+        pytest.skip(finding.value)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_verify_interprets_without_a_gpu(run: typing.Any) -> None:
+    config = "block_m=32 block_n=32 num_warps=2 num_stages=1"
+    result = run("verify", "--shape", SMALL, "--target", "sm_90", "--config", config, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["where"] == "interpreter"
+    (problem,) = document["problems"]
+    assert len(problem["checks"]) >= 6
+    assert all(check["ok"] and check["max_error"] <= check["allowed_error"] for check in problem["checks"])
+
+
+def test_verify_fails_on_wrong_numbers(run: typing.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(q: torch.Tensor, *_: torch.Tensor, problem: Problem, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32)
+
+    monkeypatch.setattr("flashgen.cli.checking.interpret_forward", zeros)
+    result = run("verify", "--shape", SMALL, "--target", "sm_90")
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+    assert f"failed: {parse_problem(SMALL)} at " in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch.cuda.is_available() is True")
+@pytest.mark.parametrize("arguments", [("bench",), ("bench", "--device", "cuda:0"), ("verify", "--device", "cuda:0")])
+def test_without_a_gpu_the_answer_is_one_sentence(run: typing.Any, arguments: tuple[str, ...]) -> None:
+    result = run(*arguments, "--shape", SMALL)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "no" in result.stderr
+    assert result.stdout == ""
+
+
+def compared(*peers: Peer) -> Comparison:
+    problem = parse_problem(SMALL)
+    return compare(problem, peers, device=torch.device("cpu"), clock=HostClock(), target_ms=1)
+
+
+def reference_peer(factor: float) -> Peer:
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> typing.Any:
+        scale = factor * problem.spec.head_dim_qk**-0.5
+        mask = problem.spec.mask
+        return lambda: attention_reference(q, k, v, mask=mask, softmax_scale=scale, precision="input")[0]
+
+    return Peer(name=f"times-{factor:g}", make=make)
+
+
+def test_compare_times_the_right_and_refuses_the_wrong() -> None:
+    absent = Peer(name="gone", make=lambda q, k, v, problem: "gone is not installed")
+    result = compared(reference_peer(1.0), reference_peer(2.0), absent)
+    assert set(result.timings) == {OURS, "times-1"}
+    assert result.absent["gone"] == "gone is not installed"
+    assert result.absent["times-2"].startswith("wrong result: out[")
+    assert result.accuracy[OURS].ok
+
+
+def test_comparisons_are_shown_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show_comparisons([compared(reference_peer(1.0))])
+    out = capsys.readouterr().out
+    assert sum("times-1" in line for line in out.splitlines()) == 1
+    assert "1.00x" in next(line for line in out.splitlines() if "(heuristic)" in line)
+
+
+def test_comparisons_without_ours_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    good = compared(reference_peer(1.0))
+    timings = {name: timing for name, timing in good.timings.items() if name != OURS}
+    bad = AccuracyReport(max_error=float("inf"), allowed_error=0.1, ok=False, reason="NaN")
+    show_comparisons(
+        [
+            Comparison(
+                problem=good.problem,
+                selection=good.selection,
+                timings=timings,
+                accuracy={**good.accuracy, OURS: bad},
+                absent={OURS: "wrong result: NaN"},
+                host_us={"choosing a kernel": 1.5},
+            )
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "choosing a kernel" in out
+    assert "1.50" in out
+
+
+@pytest.mark.gpu
+def test_verify_on_a_gpu(run: typing.Any) -> None:
+    result = run("verify", "--shape", SMALL, "--device", "cuda:0", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["where"] == "cuda:0"
+    assert len(document["problems"][0]["checks"]) >= 7
+
+
+@pytest.mark.gpu
+def test_bench_on_a_gpu(run: typing.Any) -> None:
+    result = run("bench", "--shape", SMALL, "--peers", "flash", "--ms", "5", "--host", "--json")
+    assert result.exit_code == 0, result.stderr
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert problem["timings"][OURS]["median_us"] > 0
+    assert set(problem["timings"]) | set(problem["absent"]) == {OURS, "flash"}
+    assert {"raw launch of the same kernel", "choosing a kernel"} <= set(problem["host_us"])
+
+
+def test_doctor_finds_what_is_here(run: typing.Any, tuned: Path) -> None:
+    result = run("doctor", "--registry", tuned, "--json")
+    assert result.exit_code == 0, result.stdout
+    document = json.loads(result.stdout)
+    found = {finding["name"]: finding for finding in document["findings"]}
+    assert found["torch"]["value"].startswith(torch.__version__.split("+")[0])
+    assert found["compiler"]["state"] == "ok"
+    assert found["registry (argument)"]["value"].startswith("1 entries")
+
+
+def test_doctor_fails_where_something_is_missing(run: typing.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashgen.cli.machine._NEEDED", {"torch": (99, 0), "no_such_module": (1, 0)})
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "needs 99.0" in result.stdout
+    assert "pip install no_such_module" in result.stdout

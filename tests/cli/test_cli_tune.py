@@ -1,0 +1,167 @@
+"""tune: what a run shows while it works and at its end, and how it exits."""
+
+from __future__ import annotations
+
+import io
+import json
+import typing
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import flashgen.tuning
+from flashgen.cli.tune import parse_seconds
+from flashgen.cli.tune_view import LiveObserver
+from flashgen.codegen import KernelResources
+from flashgen.errors import InputError
+from flashgen.measure import Rejected, Timing
+from flashgen.registry import RegistryEntry
+from flashgen.spec import Problem, parse_problem
+from flashgen.target import named_target
+from flashgen.tuning.events import Observer, ProblemResult, TrialRecord, TuneReport
+
+TUNED = "b=1 hq=2 hkv=1 s=1024 d=64 causal fp16"
+
+
+def trials(entry: RegistryEntry) -> tuple[TrialRecord, ...]:
+    resources = KernelResources(registers=100, spills=0, smem_bytes=20000)
+    results = (
+        Timing(median_us=20.0, spread=0.01, samples=9),
+        Rejected(stage="compile", reason="too big"),
+        Rejected(stage="accuracy", reason="out[0] is nan"),
+        Rejected(stage="compile", reason="too big"),
+    )
+    return tuple(
+        TrialRecord(number=n, config=entry.config, resources=resources if n == 0 else None, result=result)
+        for n, result in enumerate(results)
+    )
+
+
+def report_of(entry: RegistryEntry, *, found: bool = True, interrupted: bool = False) -> TuneReport:
+    result = ProblemResult(
+        problem=parse_problem(TUNED),
+        entry=entry if found else None,
+        trials=trials(entry),
+        legal=312,
+        baselines={"cudnn": 25.0},
+        tied=(),
+        wall_s=31.4,
+        note="" if found else "every config was rejected",
+    )
+    return TuneReport(
+        target=named_target("H200"),
+        results=(result,),
+        files=(Path("tuned/nvidia_h200.forward.yaml"),) if found else (),
+        study="study.log",
+        interrupted=interrupted,
+        wall_s=31.4,
+    )
+
+
+def observe(observer: Observer, report: TuneReport) -> None:
+    result = report.results[0]
+    observer.run_started(report.target, 1, report.study, True)
+    observer.problem_started(0, result.problem, 40, 2)
+    observer.stage("searching")
+    for done, record in enumerate(result.trials, 1):
+        observer.trial(record, result.trials[0], done, 75.0)
+    observer.stage("racing the finalists")
+    observer.problem_finished(result)
+
+
+@pytest.fixture
+def fake_tune(monkeypatch: pytest.MonkeyPatch) -> typing.Callable[[TuneReport], dict[str, object]]:
+    """A function that makes `flashgen.tuning.tune` return a report, and gives the arguments that it was called with."""
+
+    def install(report: TuneReport) -> dict[str, object]:
+        seen: dict[str, object] = {}
+
+        def tune(problems: tuple[Problem, ...], *, observer: Observer, **options: object) -> TuneReport:
+            seen.update(options, problems=problems)
+            observe(observer, report)
+            return report
+
+        monkeypatch.setattr(flashgen.tuning, "tune", tune, raising=False)
+        return seen
+
+    return install
+
+
+def test_done(run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry) -> None:
+    seen = fake_tune(report_of(entry))
+    result = run("tune", "--shape", TUNED, "--budget", "5m", "--effort", "check", "--registry", "tuned", "--seed", "7")
+    assert result.exit_code == 0, result.stderr
+    row = next(line for line in result.stdout.splitlines() if "64x32" in line)
+    for cell in (
+        "64x32 w4 s2 pointer",
+        "20",
+        "300",
+        "cudnn 25.0 us 1.25x",
+        "4 of 312, rejected: compile 2, accuracy 1",
+    ):
+        assert cell in row
+    assert "wrote tuned/nvidia_h200.forward.yaml" in result.stdout
+    assert seen["problems"] == (parse_problem(TUNED),)
+    assert (seen["budget_s"], seen["effort"], seen["registry"], seen["seed"]) == (300, "check", Path("tuned"), 7)
+    assert (seen["target"], seen["device"], seen["study"], seen["workers"]) == (None, None, None, None)
+
+
+def test_progress_off_a_terminal_is_a_line_a_stage(
+    run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry
+) -> None:
+    fake_tune(report_of(entry))
+    lines = run("tune", "--shape", TUNED).stderr.splitlines()
+    assert lines[0].startswith("tuning 1 problem(s) for NVIDIA H200 (sm_90)")
+    assert lines[1].startswith("[1/1] b=1 hq=2")
+    assert lines[2:4] == ["  done: searching", "  done: racing the finalists"]
+    assert len(lines) == 5
+
+
+def test_nothing_found_is_exit_1(run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry) -> None:
+    fake_tune(report_of(entry, found=False))
+    result = run("tune", "--shape", TUNED)
+    assert result.exit_code == 1
+    assert "every config was rejected" in result.stderr
+
+
+def test_interrupted_is_exit_130_and_says_what_is_saved(
+    run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry
+) -> None:
+    fake_tune(report_of(entry, interrupted=True))
+    result = run("tune", "--shape", TUNED)
+    assert result.exit_code == 130
+    said = result.stderr.splitlines()[-1]
+    assert "nvidia_h200.forward.yaml" in said
+    assert "goes on from study.log" in said
+
+
+def test_json_is_alone_on_stdout(run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry) -> None:
+    seen = fake_tune(report_of(entry))
+    document = json.loads(run("tune", "--shape", TUNED, "--target", "H200", "--json").stdout)
+    assert document["results"][0]["rejected"] == {"compile": 2, "accuracy": 1}
+    assert document["results"][0]["entry"] == entry.as_dict()
+    assert seen["target"] == named_target("H200")
+
+
+def test_live_view_shows_the_best_and_the_time_left(entry: RegistryEntry) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    observer = LiveObserver(screen)
+    report = report_of(entry)
+    with screen.capture() as shown, observer.live:
+        observe(observer, report)
+        observer.live.refresh()
+    text = shown.get()
+    for part in ("64x32 w4 s2 pointer", "racing the finalists", "4/40", "about 1:15 left", "[1/1] b=1 hq=2"):
+        assert part in text
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1h30m", 5400), ("45", 45), ("0.5h", 1800)])
+def test_budget_text(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "m", "5 m", "-5m", "5d", "1.5"])
+def test_budget_nonsense(text: str) -> None:
+    with pytest.raises(InputError, match="--budget"):
+        parse_seconds(text)
