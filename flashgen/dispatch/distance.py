@@ -9,6 +9,7 @@ from flashgen.registry import Interval, RegistryEntry
 from flashgen.spec import Shape
 
 Regime = typing.Literal["decode", "short", "long"]
+_REGIMES: tuple[Regime, ...] = typing.get_args(Regime)
 
 _DECODE_MAX_SEQLEN_Q = 16
 _SHORT_MAX_SEQLEN = 512
@@ -22,12 +23,11 @@ def regime(seqlen_q: int, seqlen_k: int) -> Regime:
 
 
 def same_regime(entry: RegistryEntry, shape: Shape) -> bool:
-    """Return whether an entry was measured in the regime of `shape`."""
+    """Return whether an entry was measured in the regime of `shape`, or on both sides of it."""
     measured = entry.range
-    return regime(shape.seqlen_q, shape.seqlen_k) in (
-        regime(measured.seqlen_q.lo, measured.seqlen_k.lo),
-        regime(measured.seqlen_q.hi, measured.seqlen_k.hi),
-    )
+    ends = ((measured.seqlen_q.lo, measured.seqlen_k.lo), (measured.seqlen_q.hi, measured.seqlen_k.hi))
+    low, high = (_REGIMES.index(regime(*lengths)) for lengths in ends)
+    return low <= _REGIMES.index(regime(shape.seqlen_q, shape.seqlen_k)) <= high
 
 
 def shape_distance(entry: RegistryEntry, shape: Shape) -> float:

@@ -57,8 +57,8 @@ def select(
             raise ConfigError(f"config {config} cannot run {problem} on {target}: {'; '.join(reasons)}")
         return Selection(problem=problem, target=target, config=config, rung="explicit")
     refused: list[Refusal] = []
-    candidates = _registry_candidates(problem, target, registry, software, refused)
-    for candidate in [*candidates, *_untuned_candidates(problem, target)]:
+    tuned = _registry_candidates(problem, target, registry, software, refused)
+    for rank, candidate in enumerate([*tuned, *_untuned_candidates(problem, target)]):
         reason = _first(check_config(candidate.config, problem.spec, target)) or usable(candidate.config)
         if reason is None:
             return Selection(
@@ -69,7 +69,7 @@ def select(
                 entry=candidate.entry,
                 path=candidate.path,
                 distance=candidate.distance,
-                refused=tuple(refused),
+                refused=(*refused, *map(_ranks_lower, tuned[rank + 1 :])),
             )
         refused.append(Refusal(candidate=candidate.label, reason=reason))
     listing = "\n  ".join(map(str, refused))
@@ -126,6 +126,12 @@ def _rung(entry: RegistryEntry, problem: Problem, target: GpuTarget, software: S
         return "nearest"
     measured = (entry.provenance.triton, entry.provenance.driver)
     return "exact" if measured == (software.triton, software.driver) else "other software"
+
+
+def _ranks_lower(candidate: _Candidate) -> Refusal:
+    return Refusal(
+        candidate=candidate.label, reason=f"ranks lower: {candidate.rung}, distance {candidate.distance:.2f}"
+    )
 
 
 def _untuned_candidates(problem: Problem, target: GpuTarget) -> list[_Candidate]:

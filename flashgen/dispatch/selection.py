@@ -51,7 +51,7 @@ class Selection:
         entry: the registry entry it comes from, or None.
         path: the entry's file, or None.
         distance: how far the sizes are from what was measured, in powers of two; 0 inside the measured range.
-        refused: every better candidate, with the reason.
+        refused: every other registry entry for the spec, and what failed of the rest, each with the reason.
     """
 
     problem: Problem

@@ -1,0 +1,361 @@
+"""The ladder from a problem to a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from flashgen.codegen import KernelConfig, TritonForwardConfig
+from flashgen.codegen.constraints import check_config
+from flashgen.dispatch import RUNGS, is_stale, select
+from flashgen.errors import ConfigError, NoKernelError
+from flashgen.heuristics import default_configs, safe_configs
+from flashgen.registry import Registry, RegistryEntry
+from flashgen.spec import parse_problem
+from flashgen.target import Software, named_target
+
+MakeEntry = Callable[..., RegistryEntry]
+MakeRegistry = Callable[..., Registry]
+
+PROBLEM = parse_problem("b=4 hq=32 hkv=8 s=4096 d=128 causal bf16")
+H200 = named_target("H200")
+EMPTY = Registry(())
+
+
+def config(number: int) -> TritonForwardConfig:
+    """A legal config that no heuristic gives, one for each number."""
+    return TritonForwardConfig(block_m=128, block_n=32, num_warps=8, num_stages=1, head_group=1000 + number)
+
+
+def at(seqlen: int) -> str:
+    return f"b=4 hq=32 hkv=8 s={seqlen} d=128 causal bf16"
+
+
+def ladder(make_entry: MakeEntry) -> dict[str, RegistryEntry]:
+    other = Software(flashgen="0.1.0", triton="3.8.0", torch="2.13.0", driver="580.1")
+    return {
+        "exact": make_entry(config=config(1)),
+        "other software": make_entry(config=config(2), software=other),
+        "nearest": make_entry(8192, config=config(3)),
+        "other device": make_entry(config=config(4), device_name="NVIDIA H100 80GB HBM3"),
+        "predicted": make_entry(config=config(5), origin="predicted"),
+    }
+
+
+def test_rungs_in_order(make_entry: MakeEntry, make_registry: MakeRegistry, software: Software) -> None:
+    entries = ladder(make_entry)
+    # Worst first in the search path: the rung decides, not the place.
+    names = list(reversed(entries))
+    assert list(RUNGS) == ["explicit", *entries, "heuristic", "safe default"]
+    while names:
+        registry = make_registry(*(entries[name] for name in names))
+        selection = select(PROBLEM, H200, registry=registry, software=software)
+        best = names.pop()
+        assert selection.rung == best
+        assert selection.config == entries[best].config
+        assert selection.entry == entries[best]
+        assert selection.origin == entries[best].origin
+        assert selection.path is not None
+        # What was not taken is listed all the same.
+        assert [refusal.reason.split(",")[0] for refusal in selection.refused] == [
+            f"ranks lower: {name}" for name in reversed(names)
+        ]
+    selection = select(PROBLEM, H200, registry=EMPTY, software=software)
+    assert selection.rung == "heuristic"
+    assert (selection.entry, selection.path, selection.origin) == (None, None, None)
+
+
+def test_a_prediction_never_outranks_a_measurement(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    predicted = make_entry(config=config(1), origin="predicted")
+    far = make_entry(16384, batch=1, config=config(2), device_name="NVIDIA H100 80GB HBM3")
+    selection = select(PROBLEM, H200, registry=make_registry(predicted, far), software=software)
+    assert (selection.rung, selection.config) == ("other device", config(2))
+
+
+@pytest.mark.parametrize(("name", "rung"), [("triton", "other software"), ("driver", "other software")])
+def test_versions_that_move_a_measurement(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, name: str, rung: str
+) -> None:
+    changed = dataclasses.replace(software, **{name: "other"})
+    assert select(PROBLEM, H200, registry=make_registry(make_entry()), software=changed).rung == rung
+
+
+@pytest.mark.parametrize("name", ["flashgen", "torch"])
+def test_versions_that_do_not(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, name: str
+) -> None:
+    changed = dataclasses.replace(software, **{name: "other"})
+    assert select(PROBLEM, H200, registry=make_registry(make_entry()), software=changed).rung == "exact"
+
+
+def test_lse_finds_the_entry_of_the_spec_without(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    problem = parse_problem(at(4096) + " lse")
+    selection = select(problem, H200, registry=make_registry(make_entry()), software=software)
+    assert selection.rung == "exact"
+    assert selection.problem.spec.lse
+
+
+@pytest.mark.parametrize("text", ["d=64 causal bf16", "d=128 full bf16", "d=128 causal fp16", "d=128 dv=64 causal"])
+def test_another_spec_is_never_taken(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, text: str
+) -> None:
+    problem = parse_problem(f"b=4 hq=32 hkv=8 s=4096 {text}")
+    assert select(problem, H200, registry=make_registry(make_entry()), software=software).entry is None
+
+
+def test_a_stale_entry_is_refused(make_entry: MakeEntry, make_registry: MakeRegistry, software: Software) -> None:
+    stale = make_entry(digest="0123456789abcdef", config=config(1))
+    fresh = make_entry(8192, config=config(2))
+    assert is_stale(fresh) is None
+    assert "0123456789abcdef" in (is_stale(stale) or "")
+    selection = select(PROBLEM, H200, registry=make_registry(stale, fresh), software=software)
+    assert (selection.rung, selection.config) == ("nearest", config(2))
+    (refusal,) = selection.refused
+    assert "stale" in refusal.reason
+    assert "0123456789abcdef" in refusal.reason
+
+
+def test_another_architecture_is_refused(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    foreign = make_entry(arch="sm_100", device_name="NVIDIA B200")
+    selection = select(PROBLEM, H200, registry=make_registry(foreign), software=software)
+    assert selection.rung == "heuristic"
+    (refusal,) = selection.refused
+    assert refusal.reason == "compiled for sm_100, not sm_90"
+
+
+@pytest.mark.parametrize(
+    ("measured", "asked"),
+    [
+        ({"seqlen": 4096, "seqlen_q": 1}, "sq=4096 sk=4096"),
+        ({"seqlen": 4096}, "sq=1 sk=4096"),
+        ({"seqlen": 4096}, "sq=16 sk=4096"),
+        ({"seqlen": 4096}, "sq=512 sk=512"),
+        ({"seqlen": 512}, "sq=513 sk=513"),
+        ({"seqlen": 256, "seqlen_q": 8}, "sq=256 sk=256"),
+    ],
+)
+def test_regimes_never_cross(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, measured: dict[str, int], asked: str
+) -> None:
+    problem = parse_problem(f"b=4 hq=32 hkv=8 {asked} d=128 causal bf16")
+    selection = select(problem, H200, registry=make_registry(make_entry(**measured)), software=software)
+    assert selection.entry is None
+    assert "another regime" in selection.refused[0].reason
+
+
+@pytest.mark.parametrize(
+    ("measured", "asked"),
+    [
+        ({"seqlen": 4096, "seqlen_q": 1}, "sq=16 sk=100"),
+        ({"seqlen": 4096}, "sq=17 sk=513"),
+        ({"seqlen": 512}, "sq=17 sk=17"),
+        # A range over two regimes speaks for both.
+        ({"seqlen": (256, 4096)}, "sq=200 sk=200"),
+        ({"seqlen": (256, 4096)}, "sq=8192 sk=8192"),
+    ],
+)
+def test_regimes_are_not_smaller_than_they_should_be(
+    make_entry: MakeEntry,
+    make_registry: MakeRegistry,
+    software: Software,
+    measured: dict[str, int | tuple[int, int]],
+    asked: str,
+) -> None:
+    problem = parse_problem(f"b=4 hq=32 hkv=8 {asked} d=128 causal bf16")
+    selection = select(problem, H200, registry=make_registry(make_entry(**measured)), software=software)
+    assert selection.rung == "nearest"
+    assert selection.distance > 0
+
+
+def test_a_length_between_the_ends_of_a_range_is_in_its_regime(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    # Measured from decode to long: 256 lies within, and batch 8 alone makes it a neighbour.
+    registry = make_registry(make_entry((1, 4096)))
+    problem = parse_problem("b=8 hq=32 hkv=8 s=256 d=128 causal bf16")
+    assert select(problem, H200, registry=registry, software=software).rung == "nearest"
+
+
+@pytest.mark.parametrize("seqlen", [1024, 2048, 4096])
+def test_inside_a_measured_range(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, seqlen: int
+) -> None:
+    registry = make_registry(make_entry((1024, 4096)))
+    selection = select(parse_problem(at(seqlen)), H200, registry=registry, software=software)
+    assert (selection.rung, selection.distance) == ("exact", 0)
+
+
+@pytest.mark.parametrize(("seqlen", "nearest"), [(1024, 2048), (2500, 2048), (6000, 8192), (32768, 8192)])
+def test_the_nearer_entry_wins(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, seqlen: int, nearest: int
+) -> None:
+    # Farther first in the search path.
+    entries = {2048: make_entry(2048, config=config(1)), 8192: make_entry(8192, config=config(2))}
+    order = sorted(entries, key=lambda size: size == nearest)
+    registry = make_registry(*(entries[size] for size in order))
+    selection = select(parse_problem(at(seqlen)), H200, registry=registry, software=software)
+    assert (selection.rung, selection.config) == ("nearest", entries[nearest].config)
+
+
+def test_lengths_count_more_than_heads(make_entry: MakeEntry, make_registry: MakeRegistry, software: Software) -> None:
+    twice_as_long = make_entry(8192, config=config(1))
+    twice_the_batch = make_entry(4096, batch=8, config=config(2))
+    registry = make_registry(twice_as_long, twice_the_batch)
+    assert select(PROBLEM, H200, registry=registry, software=software).config == config(2)
+
+
+def test_ties_go_to_the_first_in_the_search_path(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    first, second = make_entry(config=config(1)), make_entry(config=config(2))
+    for entries in ((first, second), (second, first)):
+        selection = select(PROBLEM, H200, registry=make_registry(*entries), software=software)
+        assert selection.config == entries[0].config
+
+
+def test_an_entry_that_does_not_fit_the_device_at_hand_is_refused(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    large = TritonForwardConfig(block_m=128, block_n=128, num_warps=8, num_stages=2)
+    small_device = dataclasses.replace(H200, device_name="NVIDIA H20 lite", smem_bytes=101376)
+    registry = make_registry(make_entry(config=large))
+    assert select(PROBLEM, H200, registry=registry, software=software).config == large
+    selection = select(PROBLEM, small_device, registry=registry, software=software)
+    assert selection.config != large
+    assert any("shared memory" in refusal.reason for refusal in selection.refused)
+    assert check_config(selection.config, PROBLEM.spec, small_device) == ()
+
+
+def test_explicit_config_runs_whatever_the_registry_says(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    selection = select(PROBLEM, H200, registry=make_registry(make_entry()), software=software, config=config(7))
+    assert (selection.rung, selection.config, selection.entry) == ("explicit", config(7), None)
+
+
+def test_explicit_config_that_is_illegal(software: Software) -> None:
+    illegal = TritonForwardConfig(block_m=48, block_n=24, num_warps=3, num_stages=0, maxnreg=7)
+    with pytest.raises(ConfigError) as caught:
+        select(PROBLEM, H200, registry=EMPTY, software=software, config=illegal)
+    reasons = check_config(illegal, PROBLEM.spec, H200)
+    assert len(reasons) >= 3
+    for text in (*reasons, "block_m=48", "num_warps=3", "maxnreg=7", str(illegal), str(PROBLEM), str(H200)):
+        assert text in str(caught.value)
+
+
+def test_explicit_config_that_cannot_run_this_call(software: Software) -> None:
+    with pytest.raises(ConfigError, match="needs contiguous rows"):
+        select(
+            PROBLEM,
+            H200,
+            registry=EMPTY,
+            software=software,
+            config=config(1),
+            usable=lambda candidate: "needs contiguous rows",
+        )
+
+
+def test_what_is_not_usable_is_refused_and_the_next_is_taken(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    entries = ladder(make_entry)
+    registry = make_registry(*entries.values())
+    unusable = {entries["exact"].config: "does not compile", entries["other software"].config: "strides of 3"}
+    asked: list[KernelConfig] = []
+
+    def usable(candidate: KernelConfig) -> str | None:
+        asked.append(candidate)
+        return unusable.get(candidate)
+
+    selection = select(PROBLEM, H200, registry=registry, software=software, usable=usable)
+    assert (selection.rung, selection.config) == ("nearest", entries["nearest"].config)
+    reasons = [refusal.reason for refusal in selection.refused]
+    assert reasons[:2] == ["does not compile", "strides of 3"]
+    assert [reason.split(",")[0] for reason in reasons[2:]] == ["ranks lower: other device", "ranks lower: predicted"]
+    # Asking may compile: no candidate below the one that is taken is asked.
+    assert asked == [entries[name].config for name in ("exact", "other software", "nearest")]
+
+
+def test_safe_default_is_the_last_rung(software: Software) -> None:
+    safe = safe_configs()
+    selection = select(
+        PROBLEM,
+        H200,
+        registry=EMPTY,
+        software=software,
+        usable=lambda candidate: None if candidate in safe else "no",
+    )
+    assert selection.rung == "safe default"
+    assert selection.config in safe
+    assert len(selection.refused) == len([c for c in default_configs(PROBLEM, H200) if c not in safe])
+
+
+def test_nothing_left_lists_everything(make_entry: MakeEntry, make_registry: MakeRegistry, software: Software) -> None:
+    registry = make_registry(make_entry(), make_entry(arch="sm_100", device_name="NVIDIA B200"))
+    with pytest.raises(NoKernelError) as caught:
+        select(PROBLEM, H200, registry=registry, software=software, usable=lambda candidate: "it is Sunday")
+    message = str(caught.value)
+    assert "compiled for sm_100, not sm_90" in message
+    assert "nvidia_h200.forward.yaml" in message
+    configs = default_configs(PROBLEM, H200)
+    assert message.count("it is Sunday") + message.count("shared memory") >= len(configs) + 1
+    assert all(str(candidate) in message for candidate in configs)
+
+
+def test_selection_explains_itself(make_entry: MakeEntry, make_registry: MakeRegistry, software: Software) -> None:
+    registry = make_registry(make_entry(8192), make_entry(arch="sm_100", device_name="NVIDIA B200"))
+    selection = select(PROBLEM, H200, registry=registry, software=software)
+    text = str(selection)
+    for part in (
+        str(PROBLEM), str(H200), str(selection.config), "nearest: ", str(selection.path), "500 us", "600 TFLOP/s",
+        "cudnn 550 us", "distance 2.00", "sq=8192", "compiled for sm_100",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_the_same_question_has_the_same_answer(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    registry = make_registry(*ladder(make_entry).values())
+    answers = {str(select(PROBLEM, H200, registry=registry, software=software)) for _ in range(3)}
+    assert len(answers) == 1
+
+
+ARCHES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_problem_has_a_legal_config(arch: str, dtype: str, software: Software) -> None:
+    target = named_target(arch)
+    dims = [(d, d) for d in range(16, 257, 8)] + [(192, 128), (16, 256), (256, 16), (72, 40)]
+    for (d, dv), seqlen_q in itertools.product(dims, (1, 64, 4096)):
+        problem = parse_problem(f"b=2 hq=8 hkv=2 sq={seqlen_q} sk=4096 d={d} dv={dv} causal {dtype}")
+        selection = select(problem, target, registry=EMPTY, software=software)
+        assert selection.rung in ("heuristic", "safe default")
+        assert check_config(selection.config, problem.spec, target) == ()
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_usual_problems_get_more_than_the_last_resort(arch: str, software: Software) -> None:
+    target = named_target(arch)
+    for d, seqlen_q, dtype in itertools.product((64, 80, 96, 128, 192), (1, 64, 4096), ("fp16", "bf16")):
+        problem = parse_problem(f"b=2 hq=8 hkv=2 sq={seqlen_q} sk=4096 d={d} causal {dtype}")
+        selection = select(problem, target, registry=EMPTY, software=software)
+        assert selection.rung == "heuristic", f"{problem} on {target}: {selection}"
+
+
+def test_a_config_that_reads_any_strides_is_always_among_the_candidates() -> None:
+    for arch in ARCHES:
+        target = named_target(arch)
+        legal = [c for c in default_configs(PROBLEM, target) if not check_config(c, PROBLEM.spec, target)]
+        assert any(isinstance(c, TritonForwardConfig) and c.loads == "pointer" for c in legal)
