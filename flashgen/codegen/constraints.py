@@ -48,9 +48,12 @@ def launch_within_limits(config: TritonForwardConfig, spec: AttentionSpec, targe
 
 
 def warps_fit_tile(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
-    """Every warp owns 16 query rows of its own, so that a row's softmax never crosses warps."""
+    """Every warp owns 16 query rows of its own, so that a row's softmax never crosses warps.
+
+    Not so for fp32, whose products run on the plain cores: there many warps are what keeps a tile in registers.
+    """
     rows = _ROWS_PER_WARP * config.num_warps
-    if config.block_m < rows:
+    if config.block_m < rows and spec.dtype is not DType.FP32:
         return f"block_m={config.block_m} gives {config.num_warps} warps fewer than {_ROWS_PER_WARP} rows each"
     return None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import typing
 
 from triton.backends.compiler import GPUTarget
@@ -67,7 +69,9 @@ def compile_kernel(
     source = ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(plan.arguments))
     arch: int | str = target.arch if target.backend == "hip" else target.capability
     try:
-        handle = triton_compile(source, target=GPUTarget(target.backend, arch, target.warp_size), options=options)
+        # Where the assembler refuses a kernel, Triton prints all of it.
+        with contextlib.redirect_stdout(io.StringIO()):
+            handle = triton_compile(source, target=GPUTarget(target.backend, arch, target.warp_size), options=options)
     except Exception as error:
         raise CompileError(f"{config} for {target.arch}: {type(error).__name__}: {error}") from error
     return CompiledKernel(

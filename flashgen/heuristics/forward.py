@@ -12,8 +12,8 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
     """Return configs to try in order, the most promising first; some may break a constraint of the target."""
     head_dim = max(problem.spec.head_dim_qk, problem.spec.head_dim_v)
     if problem.spec.dtype is DType.FP32:
-        # IEEE products run on the plain cores: small tiles keep the operands in registers.
-        return (_config(32, 32, 4, 1), *safe_configs())
+        # IEEE products run on the plain cores: small tiles of many warps keep the operands in registers.
+        return (_config(64 if head_dim <= 64 else 32, 32, 8, 1), *safe_configs())
     if target.has_wgmma:
         first = _hopper(head_dim)
     elif target.backend == "hip":

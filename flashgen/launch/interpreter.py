@@ -11,7 +11,7 @@ import typing
 import numpy as np
 import torch
 import triton
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from flashgen.codegen import KernelConfig, render
@@ -92,10 +92,13 @@ def _device_functions_interpreted() -> collections.abc.Iterator[None]:
     compiled_call = JITFunction.__call__
 
     def interpreted_call(self: typing.Any, *args: object, **kwargs: object) -> object:
-        return InterpretedFunction(self.fn)(*args, **kwargs)
+        return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
 
     JITFunction.__call__ = interpreted_call
+    # Triton restores what it patches in the kernel's own module; its library functions live in another one.
+    library = _patch_lang(triton.language.cdiv.fn)
     try:
         yield
     finally:
+        library.restore()
         JITFunction.__call__ = compiled_call

@@ -53,6 +53,12 @@ def heads_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
     return tensor if layout == "bhsd" else tensor.transpose(1, 2)
 
 
+def autocast(kind: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return float32 and 16-bit tensors in the autocast dtype of a kind of device, as PyTorch's attention takes them."""
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
 def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: Mask, layout: Layout, lse: bool) -> Problem:
     """Return the problem that three tensors pose.
 

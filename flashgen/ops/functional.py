@@ -7,12 +7,13 @@ import typing
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
 
 from flashgen.codegen import KernelConfig
 from flashgen.dispatch import Selection
 from flashgen.errors import InputError, UnsupportedError
 from flashgen.launch import Operands, detect_target
-from flashgen.ops.checks import LAYOUTS, Layout, check_layout, combine_mask, heads_first, problem_of
+from flashgen.ops.checks import LAYOUTS, Layout, autocast, check_layout, combine_mask, heads_first, problem_of
 from flashgen.ops.runtime import Options, choose
 from flashgen.ops.torch_op import encode_config, run
 from flashgen.spec import Mask, Problem, parse_problem
@@ -98,8 +99,14 @@ def attention(
             "this version of flashgen has no backward pass, and an input requires a gradient; call under "
             "torch.no_grad(), or detach the inputs"
         )
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v)):
+        raise UnsupportedError("flashgen has no forward-mode derivative (torch.func.jvp); detach the inputs")
+    kind = "cuda" if q.is_cuda else "cpu"
+    if torch.is_autocast_enabled(kind):
+        q, k, v = autocast(kind, q, k, v)
     if softmax_scale is None:
-        softmax_scale = float(q.shape[-1]) ** -0.5
+        # A head dimension that is missing or 0 is refused below, with all else that may be wrong.
+        softmax_scale = float(q.shape[-1]) ** -0.5 if q.dim() and q.shape[-1] else 1.0
     out, lse = run(
         q,
         k,

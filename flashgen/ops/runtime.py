@@ -6,6 +6,7 @@ import collections.abc
 import dataclasses
 import functools
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from flashgen.codegen import KernelConfig, render
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.dispatch import Selection, select
-from flashgen.errors import CompileError, FlashgenError
+from flashgen.errors import CompileError, FlashgenError, InputError
 from flashgen.launch import (
     ForwardLaunch,
     Operands,
@@ -67,6 +68,8 @@ def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options)
     """
     layout = options.layout
     problem = problem_of(q, k, v, mask=options.mask, layout=layout, lse=options.return_lse)
+    if not math.isfinite(options.softmax_scale):
+        raise InputError(f"softmax_scale must be a finite number, got {options.softmax_scale}")
     if problem.shape.seqlen_k == 0 or q.numel() == 0:
         return functools.partial(_run_unseen, problem=problem)
     if options.softmax_scale < 0:

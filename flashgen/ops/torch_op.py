@@ -17,6 +17,7 @@ import torch
 import torch.utils.flop_counter
 
 from flashgen.codegen import KernelConfig, config_from_dict
+from flashgen.codegen.constraints import require_legal
 from flashgen.errors import UnsupportedError
 from flashgen.launch import interpret_forward
 from flashgen.measure import attention_reference
@@ -33,6 +34,8 @@ _SCHEMA = (
 )
 # Lengths change from call to call in some programs: past this many kinds of call, the memo starts anew.
 _MEMO_LIMIT = 8192
+# CPU tensors know no GPU: what runs for them, and is explained, is the choice for Hopper.
+_INTERPRETED_AS = named_target("sm_90")
 _memo: dict[tuple[object, ...], Runner] = {}
 _interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("flashgen_interpreting", default=False)
 
@@ -96,6 +99,9 @@ def forward(
 ) -> Outputs:
     """Return out, and lse where asked for: select, compile and bind on the first call of a kind, then only launch."""
     if not q.is_cuda:
+        if q.is_meta:
+            out, lse = _fake_forward(q, k, v, mask, softmax_scale, layout, return_lse, config, registry)
+            return out, lse if return_lse else None
         options = _options(mask, softmax_scale, layout, return_lse, config, registry)
         return _forward_cpu(q, k, v, options)
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
@@ -140,11 +146,13 @@ def decode_config(text: str) -> KernelConfig | None:
 def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Outputs:
     layout = options.layout
     problem = problem_of(q, k, v, mask=options.mask, layout=layout, lse=options.return_lse)
+    if options.config is not None:
+        require_legal(options.config, problem.spec, _INTERPRETED_AS)
     if q.device.type != "cpu":
         raise UnsupportedError(f"flashgen runs on CUDA and ROCm GPUs and on the CPU, not on {q.device}")
     q, k, v = (heads_first(t, layout) for t in (q, k, v))
     if _interpreting.get() or interpret_requested():
-        selection = choose(problem, named_target("sm_90"), options)
+        selection = choose(problem, _INTERPRETED_AS, options)
         out, lse = interpret_forward(
             q if options.softmax_scale >= 0 else -q,
             k,

@@ -30,8 +30,8 @@ def parse_problem(text: str) -> Problem:
         InputError: for an unknown, repeated or missing word, or a size out of range.
     """
     numbers: dict[str, int] = {}
-    mask: Mask = Full()
-    dtype = DType.BF16
+    mask: Mask | None = None
+    dtype: DType | None = None
     lse = False
     for word in text.replace(",", " ").split():
         key, _, value = word.partition("=")
@@ -46,17 +46,25 @@ def parse_problem(text: str) -> Problem:
         elif word in PHASES:
             continue
         elif word.startswith(("full", "causal")):
+            if mask is not None:
+                raise InputError(f"a mask is given twice in {text!r}: {mask} and {word}")
             mask = parse_mask(word)
         else:
-            try:
-                dtype = parse_dtype(word)
-            except InputError:
-                allowed = " ".join(f"{k}=" for k in _NUMBERS)
-                raise InputError(
-                    f"{word!r} is no part of a shape; allowed: {allowed}, a mask (full, causal, "
-                    "causal(align=top_left)), a dtype (fp16, bf16, fp32), forward, lse"
-                ) from None
-    return _assemble(text, numbers, mask, dtype, lse)
+            if dtype is not None:
+                raise InputError(f"{word!r} in {text!r}: no part of a shape, or a dtype given twice ({dtype})")
+            dtype = _dtype_word(word)
+    return _assemble(text, numbers, mask or Full(), dtype or DType.BF16, lse)
+
+
+def _dtype_word(word: str) -> DType:
+    try:
+        return parse_dtype(word)
+    except InputError:
+        allowed = " ".join(f"{k}=" for k in _NUMBERS)
+        raise InputError(
+            f"{word!r} is no part of a shape; allowed: {allowed}, a mask (full, causal, causal(align=top_left)), "
+            "a dtype (fp16, bf16, fp32), forward, lse"
+        ) from None
 
 
 def _assemble(text: str, numbers: dict[str, int], mask: Mask, dtype: DType, lse: bool) -> Problem:

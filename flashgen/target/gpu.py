@@ -91,33 +91,33 @@ def _amd(arch: str, name: str, units: int, lds: int, bandwidth: float, tflops: f
     )
 
 
-# Datasheet figures (dense, without sparsity); the first of an architecture stands for it when only the arch is named.
-_TARGETS: tuple[GpuTarget, ...] = (
-    _nvidia("sm_80", "NVIDIA A100-SXM4-80GB", 108, 166912, 2048, 2039, 312),
-    _nvidia("sm_90", "NVIDIA H100 80GB HBM3", 132, 232448, 2048, 3350, 989),
-    _nvidia("sm_90", "NVIDIA H200", 132, 232448, 2048, 4800, 989),
-    _nvidia("sm_100", "NVIDIA B200", 148, 232448, 2048, 8000, 2250),
-    _nvidia("sm_120", "NVIDIA GeForce RTX 5090", 170, 101376, 1536, 1792, 210),
-    _amd("gfx942", "AMD Instinct MI300X", 304, 65536, 5300, 1307),
-    _amd("gfx950", "AMD Instinct MI355X", 256, 163840, 8000, 2500),
-)
+# Datasheet figures (dense, without sparsity), by the name that people use; the first of an architecture stands for it
+# when only the arch is named.
+_TARGETS: dict[str, GpuTarget] = {
+    "A100": _nvidia("sm_80", "NVIDIA A100-SXM4-80GB", 108, 166912, 2048, 2039, 312),
+    "H100": _nvidia("sm_90", "NVIDIA H100 80GB HBM3", 132, 232448, 2048, 3350, 989),
+    "H200": _nvidia("sm_90", "NVIDIA H200", 132, 232448, 2048, 4800, 989),
+    "B200": _nvidia("sm_100", "NVIDIA B200", 148, 232448, 2048, 8000, 2250),
+    "RTX5090": _nvidia("sm_120", "NVIDIA GeForce RTX 5090", 170, 101376, 1536, 1792, 210),
+    "MI300X": _amd("gfx942", "AMD Instinct MI300X", 304, 65536, 5300, 1307),
+    "MI355X": _amd("gfx950", "AMD Instinct MI355X", 256, 163840, 8000, 2500),
+}
 
 
 def known_targets() -> tuple[GpuTarget, ...]:
     """Return every target that `named_target` knows."""
-    return _TARGETS
+    return tuple(_TARGETS.values())
 
 
 def named_target(name: str) -> GpuTarget:
-    """Return the target called `name`: an arch (`sm_90`), a device name, or a part of one (`H200`).
+    """Return the target called `name`: an arch (`sm_90`), a device name (`NVIDIA H200`) or its short form (`H200`).
 
     Raises:
         InputError: if nothing is called so; the message lists what is known.
     """
     wanted = name.strip().lower()
-    exact = [t for t in _TARGETS if wanted in (t.arch, t.device_name.lower())]
-    partial = [t for t in _TARGETS if wanted and wanted in t.device_name.lower().replace("-", " ").split()]
-    for target in exact + partial:
-        return target
-    known = ", ".join(f"{t.arch} ({t.device_name})" for t in _TARGETS)
+    for short, target in _TARGETS.items():
+        if wanted in (target.arch, target.device_name.lower(), short.lower()):
+            return target
+    known = ", ".join(f"{short} ({target.device_name}, {target.arch})" for short, target in _TARGETS.items())
     raise InputError(f"unknown target {name!r}; known: {known}")

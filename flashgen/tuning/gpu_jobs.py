@@ -5,6 +5,7 @@ These functions run in a worker that is killed when a kernel hangs. Inputs and r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -60,26 +61,27 @@ def evaluate(problem: Problem, config: KernelConfig, best_us: float | None) -> O
     then a few launches, and more of them unless `best_us` is far ahead.
     """
     try:
-        compiled = _compiled(problem.spec, config)
-        worst = check_awkward(problem, config)
-        if isinstance(worst, Rejected):
-            return worst
-        report = _check_own_shape(problem, config, compiled)
-        if isinstance(report, Rejected):
-            return report
-        call = bind_forward(problem, config, compiled, problem.spec.default_scale, _tensors(problem))
-        timing = quick_time(call, _clock(), _FIRST_LAUNCHES)
-        if best_us is None or timing.median_us < _HOPELESS * best_us:
-            timing = benchmark({"": call}, clock=_clock(), rounds=_RUNG_ROUNDS, target_ms=_RUNG_MS)[""]
+        with _ending_if_the_context_is_lost():
+            return _checked_and_timed(problem, config, best_us)
     except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
         return Rejected(stage="run", reason=f"out of device memory: {_first_line(error)}")
     except (FlashgenError, RuntimeError) as error:
-        if _context_is_lost():
-            # Nothing after an illegal access can be trusted: end this process, the caller starts another.
-            sys.stderr.write(f"the GPU context is lost: {error}\n")
-            sys.stderr.flush()
-            os._exit(1)
         return Rejected(stage="run", reason=f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _checked_and_timed(problem: Problem, config: KernelConfig, best_us: float | None) -> Outcome:
+    compiled = _compiled(problem.spec, config)
+    wrong = check_awkward(problem, config)
+    if wrong is not None:
+        return wrong
+    report = _check_own_shape(problem, config, compiled)
+    if isinstance(report, Rejected):
+        return report
+    call = bind_forward(problem, config, compiled, problem.spec.default_scale, _tensors(problem))
+    timing = quick_time(call, _clock(), _FIRST_LAUNCHES)
+    if best_us is None or timing.median_us < _HOPELESS * best_us:
+        timing = benchmark({"": call}, clock=_clock(), rounds=_RUNG_ROUNDS, target_ms=_RUNG_MS)[""]
     return Measurement(timing=timing, max_error=report[0], allowed_error=report[1])
 
 
@@ -105,33 +107,31 @@ def check_awkward(problem: Problem, config: KernelConfig) -> Rejected | None:
 def check_lse(problem: Problem, config: KernelConfig) -> Rejected | None:
     """Return why the variant of a config that also writes lse is wrong, or None."""
     with_lse = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, lse=True))
-    return check_awkward(with_lse, config)
+    with _ending_if_the_context_is_lost():
+        return check_awkward(with_lse, config)
 
 
 def race(
-    problem: Problem, configs: typing.Sequence[KernelConfig], target_ms: float, seed: int
-) -> tuple[list[Timing], dict[str, Timing], dict[str, str]]:
-    """Return the timings of finalists and of the baselines, all in the same interleaved rounds, and who did not run.
+    problem: Problem, configs: typing.Sequence[KernelConfig], target_ms: float, seed: int, baselines: bool
+) -> tuple[list[Timing], dict[str, Timing]]:
+    """Return the timings of finalists, and of what was timed in the same interleaved rounds: the baselines if wanted.
 
     The first config runs twice, as itself and under the name `A/A`: the difference is the noise floor.
     """
-    tensors = _tensors(problem)
-    calls: dict[str, typing.Callable[[], object]] = {
-        str(index): bind_forward(problem, config, _compiled(problem.spec, config), problem.spec.default_scale, tensors)
-        for index, config in enumerate(configs)
-    }
-    if configs:
+    with _ending_if_the_context_is_lost():
+        tensors, scale = _tensors(problem), problem.spec.default_scale
+        calls: dict[str, typing.Callable[[], object]] = {
+            str(index): bind_forward(problem, config, _compiled(problem.spec, config), scale, tensors)
+            for index, config in enumerate(configs)
+        }
         calls["A/A"] = calls["0"]
-    absent: dict[str, str] = {}
-    for peer in default_baselines(_device()):
-        run = peer.make(tensors["q"], tensors["k"], tensors["v"], problem)
-        if isinstance(run, str):
-            absent[peer.name] = run
-        else:
-            calls[peer.name] = run
-    timings = benchmark(calls, clock=_clock(), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed)
+        for peer in default_baselines(_device()) if baselines else ():
+            run = peer.make(tensors["q"], tensors["k"], tensors["v"], problem)
+            if not isinstance(run, str):
+                calls[peer.name] = run
+        timings = benchmark(calls, clock=_clock(), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed)
     finalists = [timings.pop(str(index)) for index in range(len(configs))]
-    return finalists, timings, absent
+    return finalists, timings
 
 
 def _check_own_shape(
@@ -203,6 +203,19 @@ def _clock() -> CudaClock:
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextlib.contextmanager
+def _ending_if_the_context_is_lost() -> typing.Iterator[None]:
+    """End this process if the block's error took the GPU context with it: nothing after it could be trusted."""
+    try:
+        yield
+    except Exception as error:
+        if _context_is_lost():
+            sys.stderr.write(f"the GPU context is lost: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)
+        raise
 
 
 def _context_is_lost() -> bool:

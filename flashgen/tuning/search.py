@@ -3,60 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import multiprocessing.connection
 import time
 import typing
 
-from flashgen.codegen import KernelConfig, KernelResources, render
-from flashgen.compile import CompileReport, compile_job
-from flashgen.measure import Measurement, Outcome, Rejected, Timing, tflops
-from flashgen.registry import Accuracy, MeasuredRange, Performance, Provenance, RegistryEntry, RunnerUp
-from flashgen.spec import Problem
-from flashgen.target import GpuTarget, Software
-from flashgen.tuning.effort import Effort
-from flashgen.tuning.evaluators import Evaluator, Final
+from flashgen.codegen import KernelConfig, KernelResources
+from flashgen.compile import CompileReport
+from flashgen.measure import Measurement, Outcome, Rejected, Timing
+from flashgen.tuning.evaluators import Evaluator, Final, failure_reason
 from flashgen.tuning.events import Observer, ProblemResult, TrialRecord
+from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.study import ProblemStudy, Tried
+from flashgen.tuning.task import Task
+from flashgen.tuning.winner import Choice, by_speed, choose_winner, make_entry
 from flashgen.tuning.workers import Finished, Pool, WorkerFailure
 
-_COMPILE_TIMEOUT_S = 60.0
-_POLL_S = 0.02
-_KEPT_RUNNERS_UP = 8
 # A few spilled registers outside the loop over visible tiles cost nothing (the winner at D=128 has some); more of them
-# stand inside it.
+# stand inside it. Where everything spills (float32 at D=128), the least spilling are tried.
 SPILL_LIMIT_BYTES = 256
+_TICK_S = 0.25
+_MAX_RESERVE_SHARE = 0.4
+# After this share of the time without a config that passed, those that spill are measured too.
+_PATIENCE_SHARE = 0.5
+# Timings of the search are taken apart from each other.
+_NOISE_WITHOUT_RACE = 0.05
+_CHECKED_ON_INTERRUPT = 3
+
+_BinaryKey = tuple[str, KernelResources, KernelConfig]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """What one search is about.
+class _Candidate:
+    """A config that compiled."""
 
-    Attributes:
-        problem: what is tuned.
-        target: for which GPU.
-        effort: how hard.
-        legal: how many configs the space holds.
-        default: what runs where nothing is tuned; the winner must beat it.
-        deadline: monotonic time at which the result is due.
-        software: versions, for the entry.
-        seed: of the search.
-    """
+    number: int
+    config: KernelConfig
+    report: CompileReport
 
-    problem: Problem
-    target: GpuTarget
-    effort: Effort
-    legal: int
-    default: KernelConfig
-    deadline: float
-    software: Software
-    seed: int
+    def binary_key(self) -> _BinaryKey:
+        return _binary_key(self.report.binary_hash, self.report.resources, self.config)
+
+
+def _binary_key(binary_hash: str, resources: KernelResources, config: KernelConfig) -> _BinaryKey:
+    # These two leave no trace but in the code; the other numbers also shape the grid and the launch.
+    return binary_hash, resources, dataclasses.replace(config, num_stages=0, maxnreg=0)
 
 
 class ProblemSearch:
     """Runs one task over a study, a pool of compiling processes and an evaluator."""
 
     def __init__(
-        self, task: Task, *, study: ProblemStudy, pool: Pool[int], evaluator: Evaluator, observer: Observer
+        self,
+        task: Task,
+        *,
+        study: ProblemStudy,
+        pool: Pool[int],
+        evaluator: Evaluator,
+        observer: Observer,
+        jobs: Jobs,
     ) -> None:
         self.task = task
         self.interrupted = False
@@ -64,99 +68,147 @@ class ProblemSearch:
         self._pool = pool
         self._evaluator = evaluator
         self._observer = observer
+        self._jobs = jobs
         self._tried = list(study.finished())
-        self._compiling: dict[int, KernelConfig] = {}
-        self._measuring: dict[int, tuple[KernelConfig, CompileReport]] = {}
-        self._by_binary: dict[tuple[object, ...], Tried] = {}
-        self._start = time.monotonic()
         self._resumed = len(self._tried)
+        self._compiling: dict[int, KernelConfig] = {}
+        # Held back until nothing else passed.
+        self._spilling: list[_Candidate] = []
+        # Being measured: the trial that is, by number, and all those with its binary.
+        self._measuring: dict[int, _BinaryKey] = {}
+        self._same_binary: dict[_BinaryKey, list[_Candidate]] = {}
+        self._known: dict[_BinaryKey, Tried] = {}
+        for tried in self._tried:
+            if tried.binary_hash and tried.record.resources:
+                key = _binary_key(tried.binary_hash, tried.record.resources, tried.config)
+                self._known.setdefault(key, tried)
+        self._refused: dict[KernelConfig, str] = {}
+        self._start = time.monotonic()
+        seconds = max(0.0, task.deadline - self._start)
+        self._stop = task.deadline - min(evaluator.reserve_s, _MAX_RESERVE_SHARE * seconds)
+        self._patient_until = self._start + _PATIENCE_SHARE * (self._stop - self._start)
 
-    def run(self, index: int, planned: int) -> ProblemResult:
-        """Return what was found; a Ctrl-C ends the search with the best so far and sets `interrupted`."""
-        self._observer.problem_started(index, self.task.problem, planned, self._resumed)
+    def run(self, index: int) -> ProblemResult:
+        """Return what was found; a Ctrl-C ends the search with the best so far and sets `interrupted`.
+
+        Raises:
+            FlashgenError: if the study cannot be written, or worker processes cannot start.
+        """
+        self._observer.problem_started(index, self.task.problem, self.task.planned, self._resumed)
         note = ""
-        final: Final | None = None
-        finalists: list[Tried] = []
         try:
-            self._search(planned)
-            finalists = self._finalists()
-            if finalists:
-                self._observer.stage(f"comparing the best {len(finalists)}")
-                final = self._evaluator.final(self.task.problem, finalists, self.task.effort.final_ms, self.task.seed)
+            try:
+                self._search()
+            finally:
+                self._drop_unfinished()
+            if len(self._tried) < self.task.planned and time.monotonic() >= self._stop:
+                note = f"out of time after {len(self._tried)} of {self.task.planned} configs"
+            choice = self._compare()
         except KeyboardInterrupt:
             self.interrupted = True
-            note = "interrupted: the best so far, without the final comparison"
-        finally:
-            self._study.abandon()
-        result = self._result(finalists, final, note)
+            choice = self._best_so_far()
+            note = "interrupted: the best so far, without the final comparison" if choice else "interrupted"
+        result = self._result(choice, note)
         self._observer.problem_finished(result)
         return result
 
-    def _search(self, planned: int) -> None:
-        final_s = self.task.effort.finalists * self.task.effort.final_ms * 4e-3 + 2.0
-        stop_asking = self.task.deadline - final_s
-        while True:
-            in_flight = len(self._compiling) + len(self._measuring)
-            late = time.monotonic() > stop_asking
-            wanted = planned - len(self._tried) - in_flight
-            if not late and wanted > 0 and self._pool.idle > 0 and self._study.remaining() > 0:
-                number, config = self._study.ask()
-                self._compiling[number] = config
-                spec = self.task.problem.spec
-                self._pool.submit(number, compile_job, spec, config, self.task.target, timeout_s=_COMPILE_TIMEOUT_S)
-                continue
-            if not in_flight or time.monotonic() > self.task.deadline:
+    def _search(self) -> None:
+        if self._can_ask():
+            todo = self.task.planned - len(self._tried)
+            self._observer.stage(f"compiling and measuring {todo} configs with {self._pool.size} processes")
+        while time.monotonic() < self._stop:
+            if self._can_ask():
+                if self._pool.idle:
+                    self._ask()
+                    continue
+            elif not (self._compiling or self._measuring or self._spilling):
                 return
-            for finished in self._pool.wait(_POLL_S if self._compiling else 0.0):
+            connections = [*self._pool.connections, *self._evaluator.connections]
+            multiprocessing.connection.wait(connections, _TICK_S if connections else 0.0)
+            for finished in self._pool.wait(0.0):
                 self._compiled(finished)
-            for number, outcome in self._evaluator.collect(0.0 if self._compiling else _POLL_S):
+            self._release_spilling()
+            for number, outcome in self._evaluator.collect():
                 self._measured(number, outcome)
 
+    def _can_ask(self) -> bool:
+        waiting = sum(map(len, self._same_binary.values()))
+        under_way = len(self._compiling) + len(self._spilling) + waiting
+        return len(self._tried) + under_way < self.task.planned and self._study.remaining() > 0
+
+    def _ask(self) -> None:
+        number, config = self._study.ask()
+        self._compiling[number] = config
+        spec, target = self.task.problem.spec, self.task.target
+        self._pool.submit(number, self._jobs.compile, spec, config, target, timeout_s=self._jobs.compile_timeout_s)
+
     def _compiled(self, finished: Finished[int]) -> None:
-        config = self._compiling.pop(finished.task_id, None)
-        if config is None:
-            return
-        outcome = finished.outcome
+        number, outcome = finished.task_id, finished.outcome
+        config = self._compiling.pop(number)
         if isinstance(outcome, WorkerFailure):
-            reason = f"{outcome.kind}: {outcome.detail}"[:1000]
-            self._record(finished.task_id, config, None, Rejected(stage="compile", reason=reason))
+            self._record(number, config, None, Rejected(stage="compile", reason=failure_reason(outcome)))
             return
-        report = typing.cast("CompileReport", outcome.value)
-        rejected = self._too_big(report.resources)
-        same = self._by_binary.get(self._binary_key(config, report))
-        if rejected:
-            self._record(finished.task_id, config, report.resources, rejected)
-        elif same is not None:
-            # Equal machine code on an equal grid: the time is known.
-            record = dataclasses.replace(same.record, number=finished.task_id, config=config)
-            self._keep(dataclasses.replace(same, record=record))
+        if not isinstance(outcome.value, CompileReport):
+            reason = f"the compiler returned {outcome.value!r}"[:1000]
+            self._record(number, config, None, Rejected(stage="compile", reason=reason))
+            return
+        candidate = _Candidate(number=number, config=config, report=outcome.value)
+        smem_bytes, limit = outcome.value.resources.smem_bytes, self.task.target.smem_bytes
+        if smem_bytes > limit:
+            self._reject(candidate, f"{smem_bytes} bytes of shared memory of {limit}")
+        elif outcome.value.resources.spills > SPILL_LIMIT_BYTES:
+            self._spilling.append(candidate)
         else:
-            self._measuring[finished.task_id] = (config, report)
-            self._evaluator.submit(finished.task_id, self.task.problem, config, report)
+            self._measure(candidate)
 
-    def _too_big(self, resources: KernelResources) -> Rejected | None:
-        if resources.smem_bytes > self.task.target.smem_bytes:
-            limit = self.task.target.smem_bytes
-            return Rejected(stage="resources", reason=f"{resources.smem_bytes} bytes of shared memory of {limit}")
-        if resources.spills > SPILL_LIMIT_BYTES:
-            return Rejected(stage="resources", reason=f"{resources.spills} bytes of registers spilled")
-        return None
+    def _release_spilling(self) -> None:
+        """Drop those that spill once one that does not has passed; measure them when none is left that could."""
+        if not self._spilling:
+            return
+        if any(tried.passed and not _spills(tried.record.resources) for tried in self._tried):
+            held, self._spilling = self._spilling, []
+            for candidate in held:
+                self._reject(candidate, f"{candidate.report.resources.spills} bytes of registers spilled")
+            return
+        others = self._compiling or self._measuring or self._can_ask()
+        if not others or time.monotonic() > self._patient_until:
+            held, self._spilling = self._spilling, []
+            for candidate in sorted(held, key=lambda c: (c.report.resources.spills, c.number)):
+                self._measure(candidate)
 
-    def _binary_key(self, config: KernelConfig, report: CompileReport) -> tuple[object, ...]:
-        # Run-time numbers are not in the binary.
-        return (report.binary_hash, getattr(config, "head_group", None))
+    def _measure(self, candidate: _Candidate) -> None:
+        """Have a candidate evaluated, unless equal machine code has been, or is being."""
+        key = candidate.binary_key()
+        known = self._known.get(key)
+        if known is not None:
+            self._copy(candidate, known)
+        elif key in self._same_binary:
+            self._same_binary[key].append(candidate)
+        else:
+            self._same_binary[key] = [candidate]
+            self._measuring[candidate.number] = key
+            self._evaluator.submit(candidate.number, self.task.problem, candidate.config, candidate.report)
 
     def _measured(self, number: int, outcome: Outcome) -> None:
-        if number not in self._measuring:
-            return
-        config, report = self._measuring.pop(number)
+        key = self._measuring.pop(number)
+        first, *others = self._same_binary.pop(key)
+        resources = first.report.resources
         if isinstance(outcome, Measurement):
-            tried = self._record(
-                number, config, report.resources, outcome.timing, outcome.max_error, outcome.allowed_error
-            )
-            self._by_binary[self._binary_key(config, report)] = tried
+            accuracy = (outcome.max_error, outcome.allowed_error)
+            tried = self._record(number, first.config, resources, outcome.timing, accuracy, first.report.binary_hash)
         else:
-            self._record(number, config, report.resources, outcome)
+            tried = self._record(number, first.config, resources, outcome, binary_hash=first.report.binary_hash)
+        self._known[key] = tried
+        for candidate in others:
+            self._copy(candidate, tried)
+
+    def _copy(self, candidate: _Candidate, known: Tried) -> None:
+        record = dataclasses.replace(known.record, number=candidate.number, config=candidate.config, resumed=False)
+        self._keep(dataclasses.replace(known, record=record))
+
+    def _reject(self, candidate: _Candidate, reason: str) -> None:
+        rejected = Rejected(stage="resources", reason=reason)
+        self._record(candidate.number, candidate.config, candidate.report.resources, rejected)
 
     def _record(
         self,
@@ -164,139 +216,103 @@ class ProblemSearch:
         config: KernelConfig,
         resources: KernelResources | None,
         result: Timing | Rejected,
-        max_error: float = 0.0,
-        allowed_error: float = 0.0,
+        accuracy: tuple[float, float] = (0.0, 0.0),
+        binary_hash: str = "",
     ) -> Tried:
         record = TrialRecord(number=number, config=config, resources=resources, result=result)
-        return self._keep(Tried(record=record, max_error=max_error, allowed_error=allowed_error))
+        return self._keep(
+            Tried(record=record, max_error=accuracy[0], allowed_error=accuracy[1], binary_hash=binary_hash)
+        )
 
     def _keep(self, tried: Tried) -> Tried:
-        self._study.tell(tried)
         self._tried.append(tried)
-        done = len(self._tried) - self._resumed
+        self._study.tell(tried)
         elapsed = time.monotonic() - self._start
         left = max(0.0, self.task.deadline - time.monotonic())
-        remaining = min(self.task.effort.trials, self.task.legal) - len(self._tried)
+        to_do = max(0, self.task.planned - len(self._tried))
+        estimate = elapsed / (len(self._tried) - self._resumed) * to_do
         best = self._ranked()[:1]
-        self._observer.trial(
-            tried.record,
-            best[0].record if best else None,
-            len(self._tried),
-            min(left, elapsed / done * max(0, remaining)),
-        )
+        self._observer.trial(tried.record, best[0].record if best else None, len(self._tried), min(left, estimate))
         return tried
 
+    def _drop_unfinished(self) -> None:
+        """Stop what is under way, so that nothing of it is taken for a later problem's."""
+        self._pool.cancel()
+        self._evaluator.cancel()
+        self._compiling.clear()
+        self._measuring.clear()
+        self._same_binary.clear()
+        self._spilling.clear()
+        self._study.abandon()
+
     def _ranked(self) -> list[Tried]:
-        return sorted((t for t in self._tried if t.passed), key=_speed)
+        return sorted((t for t in self._tried if t.passed and t.config not in self._refused), key=by_speed)
 
-    def _finalists(self) -> list[Tried]:
-        ranked = self._ranked()
-        best = ranked[: self.task.effort.finalists]
-        return best + [t for t in ranked if t.config == self.task.default and t not in best]
+    def _compare(self) -> Choice | None:
+        """Return the outcome of the final comparison; if all of them are refused, of the next best, while time is."""
+        while ranked := self._ranked():
+            finalists = ranked[: self.task.effort.finalists]
+            finalists += [t for t in ranked[len(finalists) :] if t.config == self.task.default]
+            self._observer.stage(f"comparing the best {len(finalists)}")
+            final = self._evaluator.final(self.task.problem, finalists, self.task.effort.final_ms, self.task.seed)
+            choice = self._settle(finalists, final)
+            if choice is not None or time.monotonic() > self.task.deadline:
+                return choice
+        return None
 
-    def _result(self, finalists: list[Tried], final: Final | None, note: str) -> ProblemResult:
-        ranked = self._ranked()
-        entry: RegistryEntry | None = None
-        tied: tuple[KernelConfig, ...] = ()
-        if final is not None:
-            winner, runners_up, tied = choose_winner(finalists, final, self.task.default)
-            if winner is not None:
-                entry = self._entry(winner, runners_up, final)
-            else:
-                note = "; ".join(f"{finalists[i].config}: {reason}" for i, reason in final.refused.items())
-        elif ranked and self._evaluator.origin == "measured":
-            entry = self._entry(ranked[0], ranked[1:], None)
-        if entry is None and not note:
-            note = f"no config passed: {self._rejections()}"
+    def _best_so_far(self) -> Choice | None:
+        """Return the best by the timings of the search; None if there is none, or at another Ctrl-C."""
+        self._observer.stage("interrupted: checking the best so far; Ctrl-C again to leave at once")
+        try:
+            self._drop_unfinished()
+            finalists = self._ranked()[:_CHECKED_ON_INTERRUPT]
+            timings = {tried.config: tried.timing for tried in finalists}
+            final = Final(timings=timings, baselines={}, noise=_NOISE_WITHOUT_RACE, refused={})
+            return self._settle(finalists, final)
+        except KeyboardInterrupt:
+            return None
+
+    def _settle(self, finalists: typing.Sequence[Tried], final: Final) -> Choice | None:
+        """Return the choice whose winner is confirmed, refusing those that are not; None if none is left."""
+        refused = dict(final.refused)
+        while True:
+            choice = choose_winner(finalists, dataclasses.replace(final, refused=refused), self.task.default)
+            if choice is not None:
+                confirmed = self._evaluator.confirm(self.task.problem, choice.winner)
+                if isinstance(confirmed, Rejected):
+                    refused[choice.winner.config] = confirmed.reason
+                    continue
+                choice = dataclasses.replace(choice, winner=confirmed)
+            self._refused |= refused
+            return choice
+
+    def _result(self, choice: Choice | None, note: str) -> ProblemResult:
+        entry = None
+        if choice is not None:
+            evaluator, trials = self._evaluator, len(self._tried)
+            entry = make_entry(self.task, choice, origin=evaluator.origin, timing=evaluator.timing, trials=trials)
+        else:
+            note = "; ".join(filter(None, (note, self._why_nothing())))
         return ProblemResult(
             problem=self.task.problem,
             entry=entry,
-            trials=tuple(t.record for t in self._tried),
+            trials=tuple(tried.record for tried in self._tried),
             legal=self.task.legal,
-            baselines=final.baselines if final else {},
-            tied=tied,
+            baselines=choice.baselines if choice else {},
+            tied=choice.tied if choice else (),
             wall_s=time.monotonic() - self._start,
             note=note,
         )
 
-    def _rejections(self) -> str:
-        reasons = [t.record.result for t in self._tried if isinstance(t.record.result, Rejected)]
-        return f"{len(reasons)} rejected, the first for: {reasons[0].reason}" if reasons else "none was tried in time"
-
-    def _entry(self, winner: Tried, runners_up: typing.Sequence[Tried], final: Final | None) -> RegistryEntry:
-        problem, software = self.task.problem, self.task.software
-        spec = problem.spec.tuning_key()
-        resources = winner.record.resources
-        assert resources is not None
-        baselines = final.baselines if final else {}
-        baseline = min(baselines, key=lambda name: baselines[name], default="none")
-        timing = winner.timing
-        return RegistryEntry(
-            device_name=self.task.target.device_name,
-            arch=self.task.target.arch,
-            spec=spec,
-            range=MeasuredRange.of(problem.shape),
-            config=winner.config,
-            origin=self._evaluator.origin,
-            resources=resources,
-            performance=Performance(
-                median_us=timing.median_us,
-                spread=timing.spread,
-                tflops=tflops(problem, timing.median_us),
-                baseline=baseline,
-                baseline_us=baselines.get(baseline),
-                timing=self._evaluator.timing,
-            ),
-            accuracy=Accuracy(max_error=winner.max_error, allowed_error=winner.allowed_error),
-            runners_up=tuple(
-                RunnerUp(config=t.config, median_us=t.timing.median_us) for t in runners_up[:_KEPT_RUNNERS_UP]
-            ),
-            provenance=Provenance(
-                template_digest=render(spec, winner.config).digest,
-                flashgen=software.flashgen,
-                triton=software.triton,
-                torch=software.torch,
-                driver=software.driver,
-                date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                trials=len(self._tried),
-                seed=self.task.seed,
-            ),
-        )
+    def _why_nothing(self) -> str:
+        rejected = [tried for tried in self._tried if isinstance(tried.record.result, Rejected)]
+        reasons = {t.config: t.record.result.reason for t in rejected if isinstance(t.record.result, Rejected)}
+        reasons |= self._refused
+        if not reasons:
+            return "no config was tried in time"
+        config, reason = next(iter(reasons.items()))
+        return f"no config passed; of {len(reasons)} refused, the first, {config}: {reason}"
 
 
-def choose_winner(
-    finalists: typing.Sequence[Tried], final: Final, default: KernelConfig
-) -> tuple[Tried | None, list[Tried], tuple[KernelConfig, ...]]:
-    """Return the winner (None if every finalist was refused), the others best first, and who is tied with it.
-
-    Within the noise of the fastest the default wins, so that nothing changes without a gain; else the one with fewer
-    spills, less shared memory, and the earlier config: the same answer every time.
-    """
-    raced = [
-        dataclasses.replace(
-            tried,
-            record=dataclasses.replace(tried.record, result=final.timings[index]),
-            max_error=final.accuracy[index][0],
-            allowed_error=final.accuracy[index][1],
-        )
-        for index, tried in enumerate(finalists)
-        if index not in final.refused
-    ]
-    if not raced:
-        return None, [], ()
-    raced.sort(key=_speed)
-    limit = raced[0].timing.median_us * (1 + final.noise)
-    tied = [tried for tried in raced if tried.timing.median_us <= limit]
-    winner = min(tied, key=lambda tried: (tried.config != default, _tie_break(tried)))
-    others = [tried for tried in raced if tried is not winner]
-    return winner, others, tuple(tried.config for tried in tied if tried is not winner)
-
-
-def _speed(tried: Tried) -> tuple[float, KernelConfig]:
-    return (tried.timing.median_us, tried.config)
-
-
-def _tie_break(tried: Tried) -> tuple[object, ...]:
-    resources = tried.record.resources
-    assert resources is not None
-    return (resources.spills, resources.smem_bytes, tried.config)
+def _spills(resources: KernelResources | None) -> bool:
+    return resources is not None and resources.spills > SPILL_LIMIT_BYTES

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import typing
-import warnings
-from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from flashgen.codegen import KernelConfig, KernelResources, config_from_dict, render
-from flashgen.errors import InputError
+from flashgen.errors import FlashgenError, InputError
 from flashgen.measure import Rejected, Timing
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
@@ -28,11 +26,12 @@ FAILED_US = 1e9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A finished trial: its record, and the accuracy that was measured with it."""
+    """A finished trial: its record, the accuracy that was measured with it, and the binary it was measured on."""
 
     record: TrialRecord
     max_error: float = 0.0
     allowed_error: float = 0.0
+    binary_hash: str = ""
 
     @property
     def config(self) -> KernelConfig:
@@ -49,26 +48,6 @@ class Tried:
     def passed(self) -> bool:
         """Whether the config computed the right thing and was timed."""
         return isinstance(self.record.result, Timing)
-
-
-def open_storage(study: str) -> BaseStorage:
-    """Return the storage behind a path (a journal file) or a URL (a database that Optuna knows).
-
-    Raises:
-        InputError: if it cannot be opened; the message says why.
-    """
-    try:
-        if "://" in study:
-            return optuna.storages.RDBStorage(study)
-        Path(study).parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.storages.JournalStorage(JournalFileBackend(study))
-    # A damaged journal shows as almost any exception of its parser.
-    except Exception as error:
-        raise InputError(
-            f"the study {study} cannot be opened ({type(error).__name__}: {error}); move it away or name another"
-        ) from error
 
 
 class ProblemStudy:
@@ -100,16 +79,22 @@ class ProblemStudy:
         """
         self._sampler = UntriedNeighbourSampler(configs, seeds=seeds, seed=seed, n_quasi_random=n_quasi_random)
         name = _study_name(problem, target, how, configs)
-        self._study = optuna.create_study(
-            study_name=name, storage=storage, sampler=self._sampler, direction="minimize", load_if_exists=True
-        )
-        # What a killed run left unfinished counts as untried.
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-            self._study.tell(trial.number, state=TrialState.FAIL)
         self._open: dict[int, optuna.Trial] = {}
+        self._is_broken = False
+        with self._writing(), _refusing_damage():
+            self._study = optuna.create_study(
+                study_name=name, storage=storage, sampler=self._sampler, direction="minimize", load_if_exists=True
+            )
+            # What a killed run left unfinished counts as untried.
+            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+                self._study.tell(trial.number, state=TrialState.FAIL)
 
     def finished(self) -> tuple[Tried, ...]:
-        """Return the trials of earlier runs, in order."""
+        """Return the trials of earlier runs, in order.
+
+        Raises:
+            InputError: if one is not what `tell` wrote.
+        """
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return tuple(_tried_from(trial.number, trial.user_attrs) for trial in trials)
 
@@ -118,24 +103,58 @@ class ProblemStudy:
         return self._sampler.remaining(self._study)
 
     def ask(self) -> tuple[int, KernelConfig]:
-        """Return the number of a new trial and its config, which nobody tried."""
-        trial = self._study.ask()
-        config = suggest_config(trial, self._sampler.space)
-        self._open[trial.number] = trial
-        return trial.number, config
+        """Return the number of a new trial and its config, which nobody tried.
+
+        Raises:
+            FlashgenError: if the study cannot be written.
+        """
+        with self._writing():
+            trial = self._study.ask()
+            self._open[trial.number] = trial
+            return trial.number, suggest_config(trial, self._sampler.space)
 
     def tell(self, tried: Tried) -> None:
-        """Keep what became of a trial."""
+        """Keep what became of a trial.
+
+        Raises:
+            FlashgenError: if the study cannot be written.
+        """
         record = tried.record
-        trial = self._open.pop(record.number)
-        trial.set_user_attr("flashgen", json.dumps(_attributes(tried)))
-        self._study.tell(trial, tried.timing.median_us if tried.passed else FAILED_US)
+        with self._writing():
+            trial = self._open[record.number]
+            trial.set_user_attr("flashgen", json.dumps(_attributes(tried)))
+            self._study.tell(trial, tried.timing.median_us if tried.passed else FAILED_US)
+            del self._open[record.number]
 
     def abandon(self) -> None:
-        """Give up the trials under way: they count as untried."""
-        for trial in self._open.values():
-            self._study.tell(trial, state=TrialState.FAIL)
-        self._open.clear()
+        """Give up the trials under way: they count as untried, now or when the study is opened again."""
+        with self._writing():
+            while self._open and not self._is_broken:
+                _, trial = self._open.popitem()
+                self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> typing.Iterator[None]:
+        try:
+            yield
+        except (OSError, optuna.exceptions.StorageInternalError) as error:
+            # A line may have been written in part: another one after it would damage the journal.
+            self._is_broken = True
+            raise FlashgenError(
+                f"the study cannot be written ({error}); the trials so far are kept: make room, then run the same "
+                "command again"
+            ) from error
+
+
+@contextlib.contextmanager
+def _refusing_damage() -> typing.Iterator[None]:
+    try:
+        yield
+    # What Optuna raises on lines of JSON that are no records of its own.
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise InputError(
+            f"the study is damaged ({type(error).__name__}: {error}); move it away or name another"
+        ) from error
 
 
 def _study_name(problem: Problem, target: GpuTarget, how: str, configs: typing.Sequence[KernelConfig]) -> str:
@@ -152,6 +171,7 @@ def _attributes(tried: Tried) -> dict[str, object]:
         "resources": None if record.resources is None else dataclasses.asdict(record.resources),
         "max_error": tried.max_error,
         "allowed_error": tried.allowed_error,
+        "binary_hash": tried.binary_hash,
     }
     key = "rejected" if isinstance(record.result, Rejected) else "timing"
     attributes[key] = dataclasses.asdict(record.result)
@@ -159,17 +179,19 @@ def _attributes(tried: Tried) -> dict[str, object]:
 
 
 def _tried_from(number: int, user_attrs: typing.Mapping[str, typing.Any]) -> Tried:
-    attributes = json.loads(user_attrs["flashgen"])
-    resources = attributes["resources"]
-    rejected = attributes.get("rejected")
-    return Tried(
-        record=TrialRecord(
-            number=number,
-            config=config_from_dict(attributes["config"]),
-            resources=None if resources is None else KernelResources(**resources),
-            result=Rejected(**rejected) if rejected else Timing(**attributes["timing"]),
-            resumed=True,
-        ),
-        max_error=attributes["max_error"],
-        allowed_error=attributes["allowed_error"],
-    )
+    with _refusing_damage():
+        attributes = json.loads(user_attrs["flashgen"])
+        resources = attributes["resources"]
+        rejected = attributes.get("rejected")
+        return Tried(
+            record=TrialRecord(
+                number=number,
+                config=config_from_dict(attributes["config"]),
+                resources=None if resources is None else KernelResources(**resources),
+                result=Rejected(**rejected) if rejected else Timing(**attributes["timing"]),
+                resumed=True,
+            ),
+            max_error=attributes["max_error"],
+            allowed_error=attributes["allowed_error"],
+            binary_hash=attributes["binary_hash"],
+        )

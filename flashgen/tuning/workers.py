@@ -1,7 +1,7 @@
 """Processes that run what may hang or abort: killed with all their children at a deadline, restarted by themselves.
 
 The compiler can abort the process, a kernel can hang the GPU; here both are results. A worker is a fresh interpreter
-that runs this file (never the caller's `__main__`) and imports only what it is asked to call. Replies are plain
+that runs `worker_main` (never the caller's `__main__`) and imports only what it is asked to call. Replies are plain
 values; an exception comes back as text, because not every exception survives a pipe.
 """
 
@@ -9,35 +9,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import multiprocessing.connection
-import os
 import pickle
-import pkgutil
-import resource
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 import typing
-import weakref
 from multiprocessing.connection import Connection
 
 from flashgen.errors import WorkerError
+from flashgen.tuning.worker_main import described
+from flashgen.tuning.worker_process import WorkerProcess
 
 Function = typing.Callable[..., object] | str
 TaskId = typing.TypeVar("TaskId")
-
-_BOOT = "import sys; sys.path[:] = sys.argv[4:]; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
-_STDERR_LINES = 5
-_STDERR_BYTES = 64 * 1024
-_MESSAGE_CHARACTERS = 4000
-_REAP_SECONDS = 5.0
-_PARENT_POLL_SECONDS = 0.5
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +39,12 @@ class WorkerFailure:
         kind: `timeout` (killed at its deadline), `crashed` (the process died), `error` (the function raised, and the
             worker lives on).
         detail: the exception, or how the process ended and the last lines it wrote to stderr.
+        at_start: whether the process failed before it took up the request, which is then not to blame.
     """
 
     kind: typing.Literal["timeout", "crashed", "error"]
     detail: str
+    at_start: bool = False
 
 
 Outcome = WorkerResult | WorkerFailure
@@ -83,6 +69,7 @@ class Worker:
         name: str,
         *,
         setup: Function | None = None,
+        setup_args: tuple[object, ...] = (),
         env: typing.Mapping[str, str] | None = None,
         start_timeout_s: float = 120.0,
     ) -> None:
@@ -90,16 +77,17 @@ class Worker:
 
         Args:
             name: for messages.
-            setup: called without arguments in each new process before its first request; a callable that pickles by
-                name, or `module:function`, which spares the caller the import.
+            setup: called in each new process before its first request; a callable that pickles by name, or
+                `module:function`, which spares the caller the import.
+            setup_args: its arguments.
             env: environment variables that its interpreter starts with, added to the caller's.
             start_timeout_s: deadline of starting and `setup` together; a request's own deadline begins after it.
         """
         self.name = name
-        self._setup = None if setup is None else _pack(setup, ())
+        self._setup = None if setup is None else _pack(setup, setup_args)
         self._env = dict(env or {})
         self._start_timeout_s = start_timeout_s
-        self._process: _Process | None = None
+        self._process: WorkerProcess | None = None
         self._request = b""
         self._timeout_s = 0.0
         self._deadline: float | None = None
@@ -150,7 +138,7 @@ class Worker:
         self._starting = self._process is None
         self._deadline = time.monotonic() + (self._start_timeout_s if self._starting else timeout_s)
         if self._process is None:
-            self._process = _Process(self._setup, self._env)
+            self._process = WorkerProcess(self._setup, self._env)
         else:
             self._send()
 
@@ -172,7 +160,7 @@ class Worker:
         self._deadline = None
         if self._starting:
             self.kill()
-            return WorkerFailure(kind="error", detail=f"{self.name} could not be set up: {reply}")
+            return WorkerFailure(kind="error", detail=f"{self.name} could not be set up: {reply}", at_start=True)
         return _unpacked(reply) if ok else WorkerFailure(kind="error", detail=reply)
 
     def kill(self) -> None:
@@ -194,7 +182,8 @@ class Worker:
         self.kill()
         when = " while it started" if self._starting else ""
         how = f"killed after {limit:g} s" if kind == "timeout" else process.ending()
-        return WorkerFailure(kind=kind, detail=f"{self.name} {how}{when}{process.last_words()}")
+        detail = f"{self.name} {how}{when}{process.last_words()}"
+        return WorkerFailure(kind=kind, detail=detail, at_start=self._starting)
 
 
 class Pool(typing.Generic[TaskId]):
@@ -206,6 +195,7 @@ class Pool(typing.Generic[TaskId]):
         *,
         name: str = "worker",
         setup: Function | None = None,
+        setup_args: tuple[object, ...] = (),
         env: typing.Mapping[str, str] | None = None,
         start_timeout_s: float = 120.0,
     ) -> None:
@@ -213,10 +203,21 @@ class Pool(typing.Generic[TaskId]):
         if size < 1:
             raise WorkerError(f"a pool needs at least 1 worker, got {size}")
         self._workers = [
-            Worker(f"{name} {index}", setup=setup, env=env, start_timeout_s=start_timeout_s) for index in range(size)
+            Worker(f"{name} {index}", setup=setup, setup_args=setup_args, env=env, start_timeout_s=start_timeout_s)
+            for index in range(size)
         ]
         self._running: dict[Worker, TaskId] = {}
         self._queue: collections.deque[tuple[TaskId, bytes, float]] = collections.deque()
+
+    @property
+    def size(self) -> int:
+        """How many workers there are."""
+        return len(self._workers)
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Readable when `wait` has something to do; the deadlines of tasks are its own to watch."""
+        return [worker.connection for worker in self._running if worker.connection]
 
     @property
     def idle(self) -> int:
@@ -242,14 +243,20 @@ class Pool(typing.Generic[TaskId]):
         until = time.monotonic() + timeout_s
         while self._running:
             left = max(0.0, until - time.monotonic())
-            connections = [worker.connection for worker in self._running if worker.connection]
             nearest = min(worker.seconds_left for worker in self._running)
-            multiprocessing.connection.wait(connections, min(left, nearest))
+            multiprocessing.connection.wait(self.connections, min(left, nearest))
             finished = self._collect()
             self._dispatch()
             if finished or not left:
                 return finished
         return []
+
+    def cancel(self) -> None:
+        """Forget all tasks and kill the workers that run one; the next request starts them again."""
+        self._queue.clear()
+        running, self._running = list(self._running), {}
+        for worker in running:
+            worker.kill()
 
     def close(self) -> None:
         """Kill every worker at once and forget all tasks."""
@@ -274,58 +281,6 @@ class Pool(typing.Generic[TaskId]):
                 task_id, request, timeout_s = self._queue.popleft()
                 self._running[worker] = task_id
                 worker.begin(request, timeout_s=timeout_s)
-
-
-class _Process:
-    """The caller's side of one worker process: its pipe, its stderr and its end."""
-
-    def __init__(self, setup: bytes | None, env: dict[str, str]) -> None:
-        self.connection, theirs = multiprocessing.connection.Pipe()
-        # Appending, so that emptying the file between requests leaves no hole.
-        self._stderr = tempfile.TemporaryFile("a+b", prefix="flashgen-worker-")  # noqa: SIM115
-        # The command `env` adds variables without reading ours, then becomes the interpreter under the same number.
-        interpreter = ["env", *(f"{name}={value}" for name, value in env.items()), sys.executable]
-        with theirs:
-            self.popen = subprocess.Popen(
-                [*interpreter, "-c", _BOOT, __file__, str(theirs.fileno()), str(os.getpid()), *map(str, sys.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._stderr,
-                stderr=self._stderr,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        self._finalizer = weakref.finalize(self, _kill_group, self.popen)
-        with contextlib.suppress(OSError):
-            self.connection.send(setup)
-
-    def begin_request(self, request: bytes) -> None:
-        os.ftruncate(self._stderr.fileno(), 0)
-        self.connection.send_bytes(request)
-
-    def kill(self) -> None:
-        self._finalizer()
-        self.connection.close()
-
-    def ending(self) -> str:
-        """Return how the process ended, in words."""
-        code = self.popen.returncode
-        if code is None:
-            return "does not die, stuck in the driver"
-        if code >= 0:
-            return f"exited with code {code}"
-        with contextlib.suppress(ValueError):
-            return f"died of {signal.Signals(-code).name}"
-        return f"died of signal {-code}"
-
-    def last_words(self) -> str:
-        """Return the end of what it wrote to stderr, and close that file."""
-        with self._stderr as file:
-            size = os.fstat(file.fileno()).st_size
-            text = os.pread(file.fileno(), _STDERR_BYTES, max(0, size - _STDERR_BYTES)).decode(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        # LLVM prints a stack after the line that matters.
-        cause = [line for line in lines[:-_STDERR_LINES] if "Assertion" in line or "LLVM ERROR" in line]
-        return "".join(f"\n{line[:500]}" for line in cause[-1:] + lines[-_STDERR_LINES:])
 
 
 def pack_request(function: Function, *args: object) -> bytes:
@@ -353,66 +308,4 @@ def _unpacked(reply: bytes) -> Outcome:
     try:
         return WorkerResult(value=pickle.loads(reply))
     except Exception as error:
-        return WorkerFailure(kind="error", detail=f"the result does not unpickle: {_described(error)}")
-
-
-def _described(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:
-        text = "(its message cannot be read)"
-    return f"{type(error).__name__}: {text}"[:_MESSAGE_CHARACTERS]
-
-
-def _kill_group(popen: subprocess.Popen[bytes]) -> None:
-    # Before it is reaped: until then its number cannot become another's.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(popen.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        popen.wait(_REAP_SECONDS)
-
-
-def _serve(connection: Connection, parent: int) -> None:
-    """Answer requests until the caller closes the pipe: the worker's own main."""
-    os.set_inheritable(connection.fileno(), False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what an interrupt means
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _die_with(parent)
-    setup = connection.recv()
-    connection.send_bytes(pickle.dumps((True, b"")) if setup is None else _answer(setup))
-    while True:
-        connection.send_bytes(_answer(connection.recv_bytes()))
-
-
-def _answer(request: bytes) -> bytes:
-    try:
-        function, args = pickle.loads(request)
-        if isinstance(function, str):
-            function = pkgutil.resolve_name(function)
-        value = function(*args)
-    except BaseException as error:
-        return pickle.dumps((False, _described(error)))
-    try:
-        return pickle.dumps((True, pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)))
-    except BaseException as error:
-        return pickle.dumps((False, f"the result does not pickle: {_described(error)}"))
-
-
-def _die_with(parent: int) -> None:
-    """End this process group when the parent is gone, whatever the main thread is doing."""
-    if sys.platform == "linux":
-        # The kernel's own way, for C code that never lets another Python thread run.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_SECONDS)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(EOFError, OSError):
-        _serve(Connection(int(sys.argv[2])), int(sys.argv[3]))
-    os.killpg(0, signal.SIGKILL)
+        return WorkerFailure(kind="error", detail=f"the result does not unpickle: {described(error)}")

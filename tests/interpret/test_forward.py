@@ -16,9 +16,6 @@ from flashgen.spec.masks import Mask
 
 Check = Callable[..., None]
 
-# log2 of the sum of a row that saw no key is -inf, as it should be.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
-
 MASKS = (full(), causal(), causal("top_left"))
 LOADS = ("pointer", "descriptor")
 # About a millisecond a tile: small lengths only. The two past the list of the API: more queries than keys, no key.
@@ -31,7 +28,7 @@ LARGE = TritonForwardConfig(block_m=128, block_n=128, num_warps=8, num_stages=1)
 
 def inputs(
     *,
-    lengths: tuple[int, int] = (113, 203),
+    lengths: tuple[int, int] = (45, 77),
     dims: tuple[int, int] = (32, 32),
     heads: tuple[int, int] = (4, 2),
     batch: int = 2,
@@ -52,15 +49,26 @@ def test_the_list_holds_what_it_should() -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda pair: f"{pair[0]}x{pair[1]}")
 def test_lengths(check: Check, lengths: tuple[int, int], mask: Mask, loads: str) -> None:
-    q, k, v = inputs(lengths=lengths, heads=(2, 1))
+    q, k, v = inputs(lengths=lengths, heads=(2, 1), batch=1)
     for config in (WIDE, TALL):
         check(q, k, v, dataclasses.replace(config, loads=loads), mask)
+
+
+@pytest.mark.parametrize("offset", [-33, -32, -31, -17, -16, -15, -2, -1, 0, 1, 2, 15, 16, 17, 31, 32, 33])
+def test_lengths_at_the_edges_of_tiles(check: Check, offset: int) -> None:
+    # Where the diagonal, or the last key, is one element into a key tile or short of it decides which loop has the
+    # tile, or none.
+    q, k, v = inputs(lengths=(48, 48 + offset), dims=(16, 16), heads=(1, 1), batch=1)
+    for block_m, block_n in ((16, 16), (32, 16), (16, 32)):
+        config = TritonForwardConfig(block_m=block_m, block_n=block_n, num_warps=1, num_stages=1)
+        for mask in MASKS:
+            check(q, k, v, config, mask)
 
 
 @pytest.mark.parametrize("loads", LOADS)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_tiles_beyond_every_length(check: Check, mask: Mask, loads: str) -> None:
-    for lengths in ((1, 1), (113, 97), (97, 113)):
+    for lengths in ((1, 1), (113, 97), (97, 150)):
         check(*inputs(lengths=lengths), dataclasses.replace(LARGE, loads=loads), mask)
 
 
@@ -75,7 +83,7 @@ def test_dtypes(check: Check, mask: Mask, dtype: DType) -> None:
 @pytest.mark.parametrize("dims", [(72, 40), (16, 64), (80, 96), (192, 128), (24, 256)], ids=str)
 def test_head_dimensions(check: Check, dims: tuple[int, int], loads: str) -> None:
     for mask in MASKS:
-        check(*inputs(lengths=(67, 131), dims=dims, batch=1), dataclasses.replace(WIDE, loads=loads), mask)
+        check(*inputs(lengths=(35, 67), dims=dims, heads=(2, 1), batch=1), dataclasses.replace(WIDE, loads=loads), mask)
 
 
 @pytest.mark.parametrize("loads", LOADS)
@@ -87,7 +95,7 @@ def test_groups(check: Check, heads: tuple[int, int], loads: str) -> None:
 @pytest.mark.parametrize("head_group", [1, 2, 3, 4, 5, 8, 100])
 def test_tile_order_changes_nothing(check: Check, head_group: int) -> None:
     # 2 * 6 heads: 5, 8 and 100 leave a last group that is not full.
-    q, k, v = inputs(lengths=(70, 65), heads=(6, 2))
+    q, k, v = inputs(lengths=(40, 35), heads=(6, 2))
     for mask in (full(), causal()):
         check(q, k, v, dataclasses.replace(WIDE, head_group=head_group), mask)
 
@@ -101,13 +109,13 @@ def test_without_lse(check: Check, mask: Mask, loads: str) -> None:
 @pytest.mark.parametrize("softmax_scale", [0.0, 1e-3, 1.0, 20.0])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_scales(check: Check, mask: Mask, softmax_scale: float) -> None:
-    check(*inputs(lengths=(70, 131), dtype=DType.FP32), WIDE, mask, softmax_scale=softmax_scale)
+    check(*inputs(lengths=(45, 131), dtype=DType.FP32), WIDE, mask, softmax_scale=softmax_scale)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_scores_that_overflow_a_careless_softmax(check: Check, mask: Mask) -> None:
     # Scores of a few hundred: e to that power is no float32.
-    q, k, v = inputs(lengths=(70, 131))
+    q, k, v = inputs(lengths=(45, 131))
     check(8 * q, 8 * k, v, WIDE, mask)
 
 
@@ -130,7 +138,7 @@ def test_random_calls(check: Check, seed: int) -> None:
     rng = random.Random(seed)
     nheads_kv = rng.choice((1, 2))
     q, k, v = inputs(
-        lengths=(rng.randint(1, 128), rng.randint(1, 200)),
+        lengths=(rng.randint(1, 100), rng.randint(1, 160)),
         dims=(rng.randrange(16, 129, 8), rng.randrange(16, 129, 8)),
         heads=(nheads_kv * rng.choice((1, 2, 3)), nheads_kv),
         batch=rng.choice((1, 2)),

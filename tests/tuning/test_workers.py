@@ -150,6 +150,17 @@ def test_waiting_is_bounded_and_closing_is_quick():
     assert time.monotonic() - started < 0.5 * PATIENT_S
 
 
+def test_cancelled_tasks_never_come_back():
+    with Pool[int](2) as pool:
+        for index in range(4):
+            pool.submit(index, time.sleep, PATIENT_S, timeout_s=PATIENT_S)
+        pool.cancel()
+        assert (pool.pending, pool.idle, pool.connections) == (0, 2, [])
+        pool.submit(0, square_wrongly, 2, timeout_s=PATIENT_S)
+        assert pool.wait(PATIENT_S) == [Finished(task_id=0, outcome=WorkerResult(value=5))]
+        assert pool.wait(0.0) == []
+
+
 def test_deadline_kills_the_children_too(tmp_path):
     note = tmp_path / "child"
     worker = Worker("forking", env={"FAULT_FILE": str(note)})
@@ -181,10 +192,10 @@ def test_setup_that_raises_is_an_error_of_each_request():
 def test_setup_that_crashes_or_hangs_is_reported():
     crashing = Worker("crashing", setup=os.abort)
     outcome = call(crashing, abs, 1)
-    assert outcome == WorkerFailure(kind="crashed", detail="crashing died of SIGABRT while it started")
+    assert outcome == WorkerFailure(kind="crashed", detail="crashing died of SIGABRT while it started", at_start=True)
     hanging = Worker("hanging", setup=signal.pause, start_timeout_s=1.0)
     outcome = call(hanging, abs, 1)
-    assert outcome == WorkerFailure(kind="timeout", detail="hanging killed after 1 s while it started")
+    assert outcome == WorkerFailure(kind="timeout", detail="hanging killed after 1 s while it started", at_start=True)
 
 
 def test_worker_imports_only_what_the_function_needs(worker):

@@ -131,7 +131,14 @@ def attend(
     for n in range(start_n, end_n, BLOCK_N):
         n = tl.multiple_of(n, BLOCK_N)
         k = load_tile(
-            k_ptr, stride_kn, n, SEQLEN_K, BLOCK_N, HEAD_DIM_QK, BLOCK_DQK, MASKED
+            k_ptr,
+            stride_kn,
+            n,
+            SEQLEN_K,
+            BLOCK_N,
+            HEAD_DIM_QK,
+            BLOCK_DQK,
+            MASKED,
         )
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         visible = None
@@ -140,7 +147,14 @@ def attend(
             kv_idx = n + tl.arange(0, BLOCK_N)[None, :]
             visible = mask_mod(off_z, off_h, q_idx, kv_idx, SEQLEN_Q, SEQLEN_K)
         v = load_tile(
-            v_ptr, stride_vn, n, SEQLEN_K, BLOCK_N, HEAD_DIM_V, BLOCK_DV, MASKED
+            v_ptr,
+            stride_vn,
+            n,
+            SEQLEN_K,
+            BLOCK_N,
+            HEAD_DIM_V,
+            BLOCK_DV,
+            MASKED,
         )
         acc, l_i, m_i = softmax_step(acc, l_i, m_i, qk, v, qk_scale, visible, MASKED)
     return acc, l_i, m_i
@@ -202,7 +216,14 @@ def attn_fwd(
     v_ptr += z * stride_vz + hkv * stride_vh
     out_ptr += z * stride_oz + h * stride_oh
     q = load_tile(
-        q_ptr, stride_qm, start_m, SEQLEN_Q, BLOCK_M, HEAD_DIM_QK, BLOCK_DQK, True
+        q_ptr,
+        stride_qm,
+        start_m,
+        SEQLEN_Q,
+        BLOCK_M,
+        HEAD_DIM_QK,
+        BLOCK_DQK,
+        True,
     )
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -268,5 +289,12 @@ def attn_fwd(
     tl.store(lse_ptrs, lse, mask=offs_m < SEQLEN_Q)
     out = out.to(out_ptr.dtype.element_ty)
     store_tile(
-        out_ptr, stride_om, start_m, SEQLEN_Q, out, BLOCK_M, HEAD_DIM_V, BLOCK_DV
+        out_ptr,
+        stride_om,
+        start_m,
+        SEQLEN_Q,
+        out,
+        BLOCK_M,
+        HEAD_DIM_V,
+        BLOCK_DV,
     )

@@ -1,0 +1,36 @@
+"""What the worker processes run, by name, and how long each may take: the seam where faults are planted in tests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Jobs:
+    """Functions as `module:function`, imported by the workers alone.
+
+    Attributes:
+        compile: as `flashgen.compile.compile_job`.
+        start: as `gpu_jobs.start`; run once in each measuring process.
+        evaluate: as `gpu_jobs.evaluate`.
+        race: as `gpu_jobs.race`.
+        check_lse: as `gpu_jobs.check_lse`.
+        interpret: as `cpu_jobs.check_interpreted`.
+        compile_timeout_s: after which a compiling process is killed; likewise the others.
+        first_evaluate_timeout_s: of the first candidate in a measuring process, which also makes the references.
+        evaluate_timeout_s: of the others.
+        race_timeout_s: of the final comparison, and of the check of lse.
+        interpret_timeout_s: of one check in the interpreter.
+    """
+
+    compile: str = "flashgen.compile:compile_job"
+    start: str = "flashgen.tuning.gpu_jobs:start"
+    evaluate: str = "flashgen.tuning.gpu_jobs:evaluate"
+    race: str = "flashgen.tuning.gpu_jobs:race"
+    check_lse: str = "flashgen.tuning.gpu_jobs:check_lse"
+    interpret: str = "flashgen.tuning.cpu_jobs:check_interpreted"
+    compile_timeout_s: float = 60.0
+    first_evaluate_timeout_s: float = 30.0
+    evaluate_timeout_s: float = 10.0
+    race_timeout_s: float = 90.0
+    interpret_timeout_s: float = 60.0

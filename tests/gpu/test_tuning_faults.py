@@ -1,0 +1,153 @@
+"""Kernels that hang, stray, lie or eat the memory of a real GPU: each costs its trial, none wins, the GPU lives on."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import time
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashgen
+from flashgen.codegen import KernelConfig
+from flashgen.launch import detect_target
+from flashgen.measure import Rejected, Timing
+from flashgen.search_space import load_space
+from flashgen.spec import parse_problem
+from flashgen.tuning import SilentObserver
+from flashgen.tuning.effort import Effort
+from flashgen.tuning.events import ProblemResult, TrialRecord
+from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.run import Run
+
+pytestmark = pytest.mark.gpu
+
+PROBLEM = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
+FAULTS = {
+    "illegal access": ("run", "the GPU context is lost"),
+    "wrong result": ("accuracy", "at "),
+    "hang": ("run", "timeout: measuring process killed after"),
+    "too much memory": ("run", "out of device memory"),
+    "abort": ("run", "died of SIGABRT"),
+}
+TIMEOUT_S = 20.0
+
+Tune = typing.Callable[..., ProblemResult]
+
+
+class Watch(SilentObserver):
+    """Keeps when each trial ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[float, TrialRecord]] = []
+
+    def trial(self, record: TrialRecord, best: TrialRecord | None, done: int, seconds_left: float | None) -> None:
+        self.ended.append((time.monotonic(), record))
+
+
+@pytest.fixture
+def seeds() -> list[KernelConfig]:
+    return list(load_space("triton/forward").legal(PROBLEM.spec, detect_target(torch.device("cuda:0"))).seeds)
+
+
+@pytest.fixture
+def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
+    """A function that tunes the small problem, every seed of it, with planted faults by job and config."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("FAULTY_PLAN", str(tmp_path / "plan.json"))
+    monkeypatch.setattr("flashgen.resources.shipped_registry_dir", lambda: tmp_path / "shipped")
+
+    def run(plan: dict[str, dict[KernelConfig, str]], observer: Watch | None = None) -> ProblemResult:
+        words = {job: {str(config): fault for config, fault in faults.items()} for job, faults in plan.items()}
+        (tmp_path / "plan.json").write_text(json.dumps(words))
+        report = Run(
+            target=detect_target(torch.device("cuda:0")),
+            gpu="cuda:0",
+            effort=Effort(trials=32, finalists=3, final_ms=10.0, seconds=240.0, seeds_only=True),
+            budget_s=None,
+            seed=0,
+            folder=tmp_path / "registry",
+            study=str(tmp_path / "study"),
+            workers=4,
+            observer=observer or SilentObserver(),
+            jobs=Jobs(
+                evaluate="faulty_gpu_jobs:evaluate",
+                race="faulty_gpu_jobs:race",
+                check_lse="faulty_gpu_jobs:check_lse",
+                first_evaluate_timeout_s=TIMEOUT_S,
+                evaluate_timeout_s=TIMEOUT_S / 2,
+                race_timeout_s=TIMEOUT_S,
+            ),
+        ).tune([PROBLEM])
+        assert not report.interrupted
+        return report.results[0]
+
+    return run
+
+
+def assert_gpu_works() -> None:
+    q, k, v = (torch.randn(1, 2, 64, 64, dtype=torch.float16, device="cuda") for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(flashgen.attention(q, k, v), expected, atol=5e-3, rtol=0)
+
+
+def test_each_fault_costs_one_trial_and_none_wins(tune: Tune, seeds: list[KernelConfig]) -> None:
+    planted = dict(zip(seeds, FAULTS, strict=False))
+    watch = Watch()
+    result = tune({"evaluate": planted}, watch)
+    outcomes = {trial.config: trial.result for trial in result.trials}
+    assert outcomes.keys() >= set(seeds)
+    for config, fault in planted.items():
+        stage, words = FAULTS[fault]
+        refused = outcomes[config]
+        assert isinstance(refused, Rejected), fault
+        assert (refused.stage, words in refused.reason) == (stage, True), refused
+    # Beside the planted ones nothing fails, but for what spills or has the binary of a planted one.
+    known = [outcomes[config] for config in planted]
+    others = [outcome for config, outcome in outcomes.items() if config not in planted and outcome not in known]
+    assert all(isinstance(outcome, Timing) or outcome.stage == "resources" for outcome in others)
+    assert sum(isinstance(outcome, Timing) for outcome in others) >= 3
+    assert result.entry is not None
+    assert result.entry.config not in planted
+    assert not {runner_up.config for runner_up in result.entry.runners_up} & planted.keys()
+    assert result.entry.origin == "measured"
+    assert_gpu_works()
+    # A fault's own time is its timeout at most; a new process and the references take the rest.
+    times = [when for when, _ in watch.ended]
+    assert max(after - before for before, after in itertools.pairwise(times)) < TIMEOUT_S + 60.0
+
+
+@pytest.mark.parametrize("fault", ["hang", "illegal access", "too much memory"])
+def test_a_fault_in_the_final_comparison_loses_it(tune: Tune, fault: str) -> None:
+    best = tune({}).entry
+    assert best is not None
+    entry = tune({"race": {best.config: fault}}).entry
+    assert entry is not None
+    assert entry.config != best.config
+    assert best.config not in {runner_up.config for runner_up in entry.runners_up}
+    assert_gpu_works()
+
+
+@pytest.mark.parametrize("fault", ["wrong result", "illegal access"])
+def test_a_winner_that_is_wrong_with_lse_loses(tune: Tune, fault: str) -> None:
+    best = tune({}).entry
+    assert best is not None
+    entry = tune({"check_lse": {best.config: fault}}).entry
+    assert entry is not None
+    assert entry.config != best.config
+    assert_gpu_works()
+
+
+def test_a_rejected_config_is_not_tried_again(tune: Tune, seeds: list[KernelConfig]) -> None:
+    first = tune({"evaluate": {seeds[0]: "illegal access"}})
+    again = tune({})
+    assert all(trial.resumed for trial in again.trials)
+    counts = collections.Counter(trial.config for trial in again.trials)
+    assert set(counts.values()) == {1}
+    assert again.entry is not None
+    assert first.entry is not None
+    assert seeds[0] not in (first.entry.config, again.entry.config)

@@ -1,0 +1,104 @@
+"""A planted run of the tuner: real search, study and worker processes around jobs that follow a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import pytest
+
+from flashgen.codegen import KernelConfig
+from flashgen.heuristics import default_configs
+from flashgen.search_space import load_space
+from flashgen.spec import Problem, parse_problem
+from flashgen.target import named_target
+from flashgen.tuning.effort import Effort
+from flashgen.tuning.events import Observer, SilentObserver, TuneReport
+from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.run import Run
+
+H200 = named_target("H200")
+PROBLEM = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
+
+PLANTED = Jobs(
+    compile="planted_jobs:compile",
+    start="planted_jobs:start",
+    evaluate="planted_jobs:evaluate",
+    race="planted_jobs:race",
+    check_lse="planted_jobs:check_lse",
+    interpret="planted_jobs:interpret",
+    compile_timeout_s=2.0,
+    first_evaluate_timeout_s=2.0,
+    evaluate_timeout_s=2.0,
+    race_timeout_s=2.0,
+    interpret_timeout_s=2.0,
+)
+
+
+@dataclasses.dataclass
+class Bench:
+    """A folder with a plan, a log of calls, a study and a registry."""
+
+    folder: Path
+    problem: Problem = PROBLEM
+    jobs: Jobs = PLANTED
+
+    @property
+    def seeds(self) -> list[KernelConfig]:
+        """What a run tries first, in order."""
+        default = default_configs(self.problem, H200)[0]
+        seeds = load_space("triton/forward").legal(self.problem.spec, H200).seeds
+        return list(dict.fromkeys((default, *seeds)))
+
+    def plan(self, **jobs: dict[KernelConfig | str, object]) -> None:
+        """Write what happens to which config in which job."""
+        words = {job: {str(config): word for config, word in plan.items()} for job, plan in jobs.items()}
+        (self.folder / "plan.json").write_text(json.dumps(words))
+
+    def calls(self, job: str) -> list[str]:
+        """Return the configs that a job was called with."""
+        lines = (self.folder / "log").read_text().splitlines()
+        return [line.removeprefix(f"{job} ") for line in lines if line.startswith(f"{job} ")]
+
+    def run(
+        self,
+        *,
+        gpu: str | None = "planted:0",
+        trials: int = 4,
+        jobs: Jobs | None = None,
+        problems: typing.Sequence[Problem] | None = None,
+        observer: Observer | None = None,
+        budget_s: float | None = None,
+        workers: int = 2,
+        folder: Path | None = None,
+        seeds_only: bool = True,
+    ) -> TuneReport:
+        """Tune, and return the report."""
+        run = Run(
+            target=H200,
+            gpu=gpu,
+            effort=Effort(trials=trials, finalists=3, final_ms=1.0, seconds=60.0, seeds_only=seeds_only),
+            budget_s=budget_s,
+            seed=0,
+            folder=folder or self.folder / "registry",
+            study=str(self.folder / "study.journal"),
+            workers=workers,
+            observer=observer or SilentObserver(),
+            jobs=jobs or self.jobs,
+        )
+        return run.tune(problems or [self.problem])
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("PLANTED_PLAN", str(tmp_path / "plan.json"))
+    monkeypatch.setenv("PLANTED_LOG", str(tmp_path / "log"))
+    # What ships is a neighbour of every problem here, and would be tried first.
+    monkeypatch.setattr("flashgen.resources.shipped_registry_dir", lambda: tmp_path / "shipped")
+    bench = Bench(folder=tmp_path)
+    bench.plan()
+    (tmp_path / "log").touch()
+    return bench

@@ -1,0 +1,159 @@
+"""Planted faults: whatever a candidate does, it costs one trial, it never wins, and the run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from flashgen.errors import FlashgenError
+from flashgen.measure import Rejected, Timing
+from flashgen.tuning.events import ProblemResult, TuneReport
+
+FAULTS = ("hang", "busy", "abort", "exit", "memory", "error", "sys.exit", "garbage", "nan", "wrong")
+
+
+def only(report: TuneReport) -> ProblemResult:
+    (result,) = report.results
+    return result
+
+
+def states(bench: typing.Any) -> list[TrialState]:
+    """Return the states of all trials in the journal, as Optuna reads it."""
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(bench.folder / "study.journal")))
+    return [t.state for study in storage.get_all_studies() for t in storage.get_all_trials(study._study_id)]
+
+
+def test_every_fault_costs_one_trial_and_none_wins(bench):
+    seeds = bench.seeds
+    evaluated = dict(zip(seeds[:10], FAULTS, strict=True))
+    compiled = {
+        seeds[10]: "hang",
+        seeds[11]: "abort",
+        seeds[12]: "garbage",
+        seeds[13]: "memory",
+        seeds[14]: {"smem_bytes": 1 << 20},
+    }
+    # The rest of the space: one is the fastest of the right ones, and one of the same binary as a wrong one.
+    bench.plan(evaluate=evaluated, compile=compiled)
+    result = only(bench.run(trials=20, seeds_only=False))
+    outcomes = {trial.config: trial.result for trial in result.trials}
+    assert len(result.trials) == len(outcomes) == 20
+    refused = {config: r for config, r in outcomes.items() if isinstance(r, Rejected)}
+    assert refused.keys() == evaluated.keys() | compiled.keys()
+    said = {seeds.index(config): f"{r.stage}: {r.reason}" for config, r in refused.items()}
+    for index, words in {
+        0: "run: timeout: measuring process killed after 2",
+        1: "run: timeout: measuring process killed after 2",
+        2: "run: crashed: measuring process died of SIGABRT",
+        3: "run: crashed: measuring process exited with code 7",
+        4: "run: error: MemoryError: planted",
+        5: "run: error: RuntimeError: planted",
+        6: "run: error: SystemExit: 3",
+        7: "run: the measurement returned 'fast'",
+        8: "run: the measurement returned Measurement(timing=Timing(median_us=nan",
+        9: "accuracy: at its own shape",
+        10: "compile: timeout: compiling process",
+        11: "compile: crashed: compiling process",
+        12: "compile: the compiler returned {'registers': 'many'}",
+        13: "compile: error: MemoryError: planted",
+        14: f"resources: {1 << 20} bytes of shared memory of",
+    }.items():
+        assert said[index].startswith(words), said[index]
+    right = [trial for trial in result.trials if isinstance(trial.result, Timing)]
+    assert result.entry is not None
+    assert result.entry.config == min(right, key=lambda trial: trial.result.median_us).config
+    assert (result.entry.origin, result.baselines) == ("measured", {"cudnn": 90.0})
+    assert len(bench.calls("compile")) == len(set(bench.calls("compile"))) == 20
+    assert len(bench.calls("evaluate")) == len(set(bench.calls("evaluate"))) == 15
+    assert states(bench) == [TrialState.COMPLETE] * 20
+
+
+@pytest.mark.parametrize("fault", ["hang", "abort", "error", "garbage"])
+def test_breaking_the_final_comparison_loses_it(bench, fault):
+    first, second, third, _ = bench.seeds[:4]
+    bench.plan(evaluate={first: 10.0, second: 11.0, third: 12.0}, race={first: fault})
+    result = only(bench.run())
+    assert result.entry is not None
+    assert result.entry.config == second
+    assert [runner_up.config for runner_up in result.entry.runners_up] == [third]
+    assert len(result.trials) == 4
+
+
+def test_a_baseline_that_breaks_the_comparison_is_left_out(bench):
+    bench.plan(evaluate={bench.seeds[1]: 10.0}, race={"baselines": "abort"})
+    result = only(bench.run())
+    assert result.entry is not None
+    assert (result.entry.config, result.baselines) == (bench.seeds[1], {})
+    assert result.entry.performance.baseline_us is None
+
+
+@pytest.mark.parametrize("fault", ["wrong", "abort", "garbage"])
+def test_wrong_with_lse_loses(bench, fault):
+    first, second = bench.seeds[1:3]
+    bench.plan(evaluate={first: 10.0, second: 11.0}, check_lse={first: fault})
+    result = only(bench.run())
+    assert result.entry is not None
+    assert result.entry.config == second
+
+
+def test_wrong_in_the_interpreter_loses(bench):
+    best = only(bench.run(gpu=None)).entry
+    assert best is not None
+    assert best.origin == "predicted"
+    leaders = [best.config, *(runner_up.config for runner_up in best.runners_up)]
+    assert set(bench.calls("interpret")) == set(map(str, leaders))
+    faults = dict(zip(leaders, ("hang", "abort", "garbage"), strict=True))
+    bench.plan(interpret=faults)
+    fourth = only(bench.run(gpu=None)).entry
+    assert fourth is not None
+    assert fourth.config not in leaders
+    assert (fourth.accuracy.max_error, fourth.accuracy.allowed_error) == (0.001, 0.01)
+
+
+def test_a_wrong_kernel_is_caught_by_the_real_interpreter(bench):
+    jobs = dataclasses.replace(bench.jobs, interpret="planted_jobs:interpret_corrupted", interpret_timeout_s=60.0)
+    first, second = bench.seeds[:2]
+    # Fewer registers, more programs on a multiprocessor: the model ranks it first.
+    bench.plan(compile={first: {"registers": 32}, second: {"registers": 250}}, interpret={first: "wrong"})
+    result = only(bench.run(gpu=None, jobs=jobs, trials=2))
+    ranked = sorted(result.trials, key=lambda trial: trial.result.median_us)
+    assert ranked[0].config == first
+    assert result.entry is not None
+    assert result.entry.config == second
+    assert 0 < result.entry.accuracy.max_error < result.entry.accuracy.allowed_error
+
+
+def test_nothing_right_is_no_entry_and_a_reason(bench):
+    bench.plan(evaluate=dict.fromkeys(bench.seeds[:3], "wrong"))
+    report = bench.run(trials=3)
+    result = only(report)
+    assert (result.entry, report.files, report.interrupted) == (None, (), False)
+    assert result.note.startswith(f"no config passed; of 3 refused, the first, {bench.seeds[0]}: at its own shape")
+
+
+def test_nothing_right_in_the_interpreter_is_no_entry_and_a_reason(bench):
+    bench.plan(interpret=dict.fromkeys(bench.seeds[:3], "wrong"))
+    result = only(bench.run(gpu=None, trials=3))
+    assert result.entry is None
+    assert "of 3 refused" in result.note
+    assert result.note.endswith(": planted")
+
+
+def test_a_gpu_that_recovers_late_costs_no_trial(bench):
+    result = only(bench.run(jobs=dataclasses.replace(bench.jobs, start="planted_jobs:start_at_third_attempt")))
+    assert result.entry is not None
+    assert all(isinstance(trial.result, Timing) for trial in result.trials)
+
+
+def test_a_gpu_that_is_gone_blames_no_config(bench):
+    bench.plan(start={"planted:0": "exit"})
+    with pytest.raises(FlashgenError, match=r"measuring process exited with code 7 while it started.*run the same"):
+        bench.run()
+    assert TrialState.COMPLETE not in states(bench)
+    bench.plan()
+    assert len(only(bench.run()).trials) == 4

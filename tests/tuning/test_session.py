@@ -1,0 +1,309 @@
+"""A whole run of the tuner: several problems, interrupts, kills, and what is left on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import pytest
+from optuna.storages.journal import JournalFileBackend
+
+import flashgen.tuning.run
+from flashgen.codegen import TritonForwardConfig
+from flashgen.errors import FlashgenError, InputError, RegistryError
+from flashgen.registry import load, search_locations
+from flashgen.spec import Problem, parse_problem
+from flashgen.target import named_target
+from flashgen.tuning import SilentObserver, tune
+from flashgen.tuning.effort import EFFORTS, effort_named
+from flashgen.tuning.events import TrialRecord
+from flashgen.tuning.journal import open_storage
+
+H200 = named_target("H200")
+SMALL = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
+LONGER = parse_problem("b=1 hq=2 hkv=2 s=512 d=64 fp16")
+BF16 = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 bf16")
+
+
+class Recorder(SilentObserver):
+    """Keeps what a run tells, and presses Ctrl-C after `interrupt_after` trials."""
+
+    def __init__(self, interrupt_after: int = 0) -> None:
+        self.interrupt_after = interrupt_after
+        self.planned: list[int] = []
+        self.resumed: list[int] = []
+        self.stages: list[str] = []
+        self.trials: list[TrialRecord] = []
+
+    def problem_started(self, index: int, problem: Problem, planned_trials: int, resumed_trials: int) -> None:
+        self.planned.append(planned_trials)
+        self.resumed.append(resumed_trials)
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+    def trial(self, record: TrialRecord, best: TrialRecord | None, done: int, seconds_left: float | None) -> None:
+        self.trials.append(record)
+        if len(self.trials) == self.interrupt_after:
+            raise KeyboardInterrupt
+
+
+def stored(bench: typing.Any) -> list[typing.Any]:
+    located = load(search_locations(bench.folder / "registry")).entries()
+    return [each.entry for each in located if each.location.label == "argument"]
+
+
+def test_tuning_for_real_without_a_gpu_and_again_from_its_study(tmp_path):
+    def run() -> tuple[typing.Any, Recorder]:
+        observer = Recorder()
+        report = tune(
+            [SMALL],
+            target=H200,
+            effort="check",
+            budget_s=100.0,
+            registry=tmp_path / "registry",
+            study=str(tmp_path / "study"),
+            workers=2,
+            observer=observer,
+        )
+        return report, observer
+
+    report, observer = run()
+    (result,) = report.results
+    assert (report.target, report.study, report.interrupted) == (H200, str(tmp_path / "study"), False)
+    assert (observer.planned, observer.resumed, len(result.trials), result.note) == ([8], [0], 8, "")
+    assert observer.stages[0] == "compiling and measuring 8 configs with 2 processes"
+    assert result.legal > 500
+    entry = result.entry
+    assert (entry.origin, entry.arch, entry.performance.timing) == ("predicted", "sm_90", "occupancy-roofline-model")
+    assert entry.provenance.driver
+    assert 0 < entry.accuracy.max_error <= entry.accuracy.allowed_error
+    assert entry.resources.registers > 0
+    (file,) = report.files
+    located = load(search_locations(tmp_path / "registry"))
+    assert [each.entry for each in located.entries() if each.path == file] == [entry]
+    assert not [issue for issue in located.issues if issue.path == file]
+    again, observer = run()
+    assert (observer.planned, observer.resumed, observer.trials) == ([8], [8], [])
+    assert all(trial.resumed for trial in again.results[0].trials)
+    assert again.results[0].entry.config == entry.config
+
+
+def test_problems_of_one_tuning_key_are_tuned_once(bench):
+    with_lse = dataclasses.replace(SMALL, spec=dataclasses.replace(SMALL.spec, lse=True))
+    report = bench.run(problems=[SMALL, with_lse, SMALL, BF16], trials=2)
+    assert [result.problem for result in report.results] == [SMALL, BF16]
+    assert len(bench.calls("compile")) == 4
+    assert {entry.spec for entry in stored(bench)} == {SMALL.spec, BF16.spec}
+    assert len(report.files) == 1
+
+
+def test_winners_are_tried_first_on_the_next_problem_and_in_the_next_study(bench):
+    winner = bench.seeds[3]
+    bench.plan(evaluate={winner: 10.0})
+    report = bench.run(problems=[SMALL, LONGER], trials=4, workers=1)
+    assert [result.entry.config for result in report.results] == [winner, winner]
+    assert bench.calls("compile")[4] == str(winner)
+    other = dataclasses.replace(bench, folder=bench.folder / "other")
+    other.folder.mkdir()
+    report = other.run(problems=[SMALL], trials=1, folder=bench.folder / "registry")
+    assert [trial.config for trial in report.results[0].trials] == [winner]
+
+
+def test_what_an_earlier_problem_left_behind_is_not_the_next_ones(bench):
+    bench.plan(compile={f"fp16 {config}": {"sleep_s": 5.0} for config in bench.seeds})
+    jobs = dataclasses.replace(bench.jobs, compile_timeout_s=60.0)
+    first, second = bench.run(problems=[SMALL, BF16], trials=4, budget_s=8.0, jobs=jobs).results
+    assert (first.trials, first.entry) == ((), None)
+    assert first.note.startswith("out of time after 0 of 4 configs")
+    # The planted compiler gives bf16 kernels 101 registers, fp16 ones 100.
+    assert [trial.resources.registers for trial in second.trials] == [101] * 4
+    bench.plan()
+    first, second = bench.run(problems=[SMALL, BF16], trials=4).results
+    assert [trial.resources.registers for trial in first.trials] == [100] * 4
+    assert [trial.resumed for trial in second.trials] == [True] * 4
+
+
+def test_a_budget_is_a_deadline_for_all_problems_together(bench):
+    bench.plan(compile={config: {"sleep_s": 0.4} for config in bench.seeds})
+    start = time.monotonic()
+    report = bench.run(problems=[SMALL, LONGER, BF16], trials=16, budget_s=9.0)
+    assert time.monotonic() - start < 20.0
+    assert len(report.results) == 3
+    assert all(result.entry and "out of time after" in result.note for result in report.results)
+
+
+def test_an_impossible_problem_does_not_stop_the_others(bench, monkeypatch):
+    usual = flashgen.tuning.run.default_configs
+
+    def defaults(problem, target):
+        huge = TritonForwardConfig(block_m=4096, block_n=64, num_warps=4, num_stages=2)
+        return (huge,) if problem == BF16 else usual(problem, target)
+
+    monkeypatch.setattr(flashgen.tuning.run, "default_configs", defaults)
+    observer = Recorder()
+    impossible, possible = bench.run(problems=[BF16, SMALL], observer=observer).results
+    assert (impossible.entry, impossible.legal, impossible.trials) == (None, 0, ())
+    assert impossible.note.startswith(f"no config is legal for {BF16}")
+    assert possible.entry is not None
+    assert observer.planned == [0, 4]
+
+
+def test_ctrl_c_writes_the_best_so_far_and_the_same_call_goes_on(bench):
+    bench.plan(evaluate={bench.seeds[1]: 10.0})
+    report = bench.run(problems=[SMALL, BF16], trials=6, observer=Recorder(interrupt_after=3))
+    (result,) = report.results
+    assert report.interrupted
+    assert result.note.startswith("interrupted")
+    assert result.entry.config == bench.seeds[1]
+    assert stored(bench) == [result.entry]
+    assert len(result.trials) == 3
+    observer = Recorder()
+    report = bench.run(problems=[SMALL, BF16], trials=6, observer=observer)
+    assert (report.interrupted, observer.resumed, len(observer.trials)) == (False, [3, 0], 9)
+    measured = bench.calls("evaluate")
+    assert all(measured.count(str(trial.config)) == len((SMALL, BF16)) for trial in result.trials)
+
+
+def test_ctrl_c_without_a_gpu_checks_the_best_so_far(bench):
+    report = bench.run(gpu=None, observer=Recorder(interrupt_after=2))
+    entry = report.results[0].entry
+    assert report.interrupted
+    assert entry.origin == "predicted"
+    assert entry.accuracy.allowed_error == 0.01
+    assert bench.calls("interpret") == [str(entry.config)]
+
+
+def test_a_registry_that_cannot_be_written_is_said_before_tuning(bench):
+    (bench.folder / "file").touch()
+    with pytest.raises(RegistryError, match=r"file/registry cannot be written .*nothing was tuned"):
+        bench.run(folder=bench.folder / "file" / "registry")
+    assert bench.calls("compile") == []
+
+
+def test_a_damaged_registry_is_left_alone_and_the_trials_are_kept(bench):
+    (path,) = bench.run(trials=2).files
+    good = path.read_bytes()
+    path.write_bytes(b"entries: [")
+    with pytest.raises(RegistryError, match="left untouched"):
+        bench.run(trials=4)
+    assert path.read_bytes() == b"entries: ["
+    path.write_bytes(good)
+    observer = Recorder()
+    report = bench.run(trials=4, observer=observer)
+    assert (observer.resumed, observer.trials, report.files) == ([4], [], (path,))
+
+
+def test_a_full_disk_keeps_the_trials(bench, monkeypatch):
+    append = JournalFileBackend.append_logs
+
+    def fill(self: JournalFileBackend, logs: list[dict[str, typing.Any]]) -> None:
+        if (bench.folder / "study.journal").stat().st_size > 25_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, logs)
+
+    observer = Recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", fill)
+        with pytest.raises(FlashgenError, match=r"No space left on device.*make room, then run the same command"):
+            bench.run(trials=12, observer=observer)
+    assert 0 < len(observer.trials) < 12
+    resumed = Recorder()
+    bench.run(trials=12, observer=resumed)
+    assert resumed.resumed == [len(observer.trials)]
+
+
+def test_a_study_in_use_is_refused(bench):
+    with open_storage(str(bench.folder / "study.journal")), pytest.raises(FlashgenError, match="another flashgen tune"):
+        bench.run()
+    assert bench.calls("compile") == []
+
+
+def child(bench: typing.Any, *, gpu: str | None, trials: int) -> subprocess.Popen[str]:
+    """Start the same run in another process, which prints the number and config of each trial it was told."""
+    script = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), *filter(None, sys.path)]!r}
+from pathlib import Path
+import flashgen.resources
+from conftest import Bench
+from flashgen.tuning import SilentObserver
+
+class Printer(SilentObserver):
+    def trial(self, record, best, done, seconds_left):
+        print(record.config, flush=True)
+
+flashgen.resources.shipped_registry_dir = lambda: Path({str(bench.folder / "shipped")!r})
+report = Bench(folder=Path({str(bench.folder)!r})).run(gpu={gpu!r}, trials={trials}, workers=1, observer=Printer())
+print("interrupted" if report.interrupted else "done", len(report.files), flush=True)
+"""
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ.copy())
+
+
+def test_kill_9_loses_one_trial_at_most(bench):
+    bench.plan(compile={config: {"sleep_s": 0.05} for config in bench.seeds})
+    with child(bench, gpu=None, trials=12) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline().strip() for _ in range(5)]
+        process.send_signal(signal.SIGKILL)
+        told += process.stdout.read().splitlines()
+    assert process.returncode == -signal.SIGKILL
+    observer = Recorder()
+    report = bench.run(gpu=None, trials=12, workers=1, observer=observer)
+    (result,) = report.results
+    resumed = [str(trial.config) for trial in result.trials if trial.resumed]
+    # The trial that was told last may have been killed before it was printed.
+    assert resumed[: len(told)] == told
+    assert len(resumed) <= len(told) + 1
+    assert len(result.trials) == 12
+    compiled = bench.calls("compile")
+    assert len(compiled) <= 13
+    assert all(compiled.count(config) == 1 for config in told)
+    assert result.entry is not None
+    assert all(json.loads(line) for line in (bench.folder / "study.journal").read_text().splitlines())
+
+
+def test_ctrl_c_of_the_process_saves_and_says_so(bench):
+    bench.plan(compile={config: {"sleep_s": 0.05} for config in bench.seeds})
+    with child(bench, gpu="planted:0", trials=12) as process:
+        assert process.stdout is not None
+        told = [process.stdout.readline().strip() for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read().splitlines()
+    assert (process.returncode, rest[-1]) == (0, "interrupted 1")
+    assert {str(entry.config) for entry in stored(bench)} <= {*told, *rest}
+    assert len(stored(bench)) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"problems": []}, "at least one problem"),
+        ({"effort": "max"}, "allowed: check, quick, full"),
+        ({"budget_s": 0.0}, "above 0 seconds"),
+        ({"device": "cuda:0", "target": H200}, "not both"),
+        ({"device": "tpu"}, "'cuda:N', got 'tpu'"),
+    ],
+    ids=["problems", "effort", "budget", "device and target", "device"],
+)
+def test_bad_calls_are_refused(tmp_path, call, words):
+    with pytest.raises(InputError, match=words):
+        tune(**{"problems": [SMALL], "registry": tmp_path, "study": str(tmp_path / "study"), **call})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_efforts_grow():
+    levels = [effort_named(name) for name in ("check", "quick", "full")]
+    assert levels == list(EFFORTS.values())
+    for field in ("trials", "finalists", "final_ms", "seconds"):
+        values = [getattr(level, field) for level in levels]
+        assert values == sorted(set(values))
+    assert [level.seeds_only for level in levels] == [True, False, False]
