@@ -54,7 +54,7 @@ def heads_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def autocast(kind: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return float32 and 16-bit tensors in the autocast dtype of a kind of device, as PyTorch's attention takes them."""
+    """Return float32 and 16-bit tensors in the autocast dtype of a kind of device, as PyTorch's attention does."""
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 

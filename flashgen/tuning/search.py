@@ -305,9 +305,8 @@ class ProblemSearch:
         )
 
     def _why_nothing(self) -> str:
-        rejected = [tried for tried in self._tried if isinstance(tried.record.result, Rejected)]
-        reasons = {t.config: t.record.result.reason for t in rejected if isinstance(t.record.result, Rejected)}
-        reasons |= self._refused
+        in_order = sorted((tried.record for tried in self._tried), key=lambda record: record.number)
+        reasons = {r.config: r.result.reason for r in in_order if isinstance(r.result, Rejected)} | self._refused
         if not reasons:
             return "no config was tried in time"
         config, reason = next(iter(reasons.items()))

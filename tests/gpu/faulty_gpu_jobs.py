@@ -1,6 +1,6 @@
 """The measuring jobs with kernels that misbehave: for planted configs, every launch is followed by another one.
 
-The plan is a JSON file named by FAULTY_PLAN: for `evaluate`, `race` and `check_lse`, the fault of a config, by its text.
+The plan is a JSON file named by FAULTY_PLAN: for `evaluate`, `race` and `check_lse`, faults by the text of a config.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from flashgen.launch import bind_forward
 from flashgen.measure import Outcome, Rejected, Timing
 from flashgen.spec import Problem
 from flashgen.tuning import gpu_jobs
-
 
 _flags: list[torch.Tensor] = []
 
