@@ -1,6 +1,6 @@
 """Right and how fast: the reference, the accuracy rule, timing, and what the hardware allows.
 
-The peers to measure beside are in `flashgen.measure.peers`, left out here: importing them loads PyTorch's compiler.
+The peers to measure beside are in `flashgen.measure.peers`.
 """
 
 from flashgen.measure.accuracy import LSE_TINY, TINY, AccuracyReport, Oracle, accuracy_error

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flashgen.spec import Causal, Full, Problem
@@ -71,6 +70,8 @@ def _sdpa_mask(name: str, problem: Problem, lower_right: bool) -> tuple[Tensor |
     if mask.align == "top_left" or shape.seqlen_q == shape.seqlen_k:
         return None, True
     if lower_right and shape.seqlen_q < shape.seqlen_k:
+        from torch.nn.attention.bias import causal_lower_right
+
         return causal_lower_right(shape.seqlen_q, shape.seqlen_k), False
     return (
         f"{name} cannot align causal to the bottom right with seqlen_q={shape.seqlen_q} and seqlen_k={shape.seqlen_k}"

@@ -50,6 +50,13 @@ class Evaluator(typing.Protocol):
     def connections(self) -> list[Connection]:
         """Readable when `collect` has something to do."""
 
+    def start(self) -> None:
+        """Get ready, so that no problem's time is spent on it.
+
+        Raises:
+            FlashgenError: if nothing can be evaluated at all.
+        """
+
     def submit(self, number: int, problem: Problem, config: KernelConfig, report: CompileReport) -> None:
         """Queue a compiled candidate."""
 

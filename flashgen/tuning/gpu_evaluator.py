@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 from flashgen.codegen import KernelConfig
 from flashgen.compile import CompileReport
+from flashgen.errors import FlashgenError
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
 from flashgen.registry import Origin
 from flashgen.spec import Problem
@@ -39,7 +40,8 @@ class GpuEvaluator:
     reserve_s = 8.0
 
     def __init__(self, device: str, jobs: Jobs) -> None:
-        """Make an evaluator for `device`; its process starts with the first candidate."""
+        """Make an evaluator for `device`; `start` starts its process."""
+        self._device = device
         self._jobs = jobs
         self._worker = Worker("measuring process", setup=jobs.start, setup_args=(device,))
         # Sent one by one, so that each has the best time so far and its own deadline.
@@ -53,6 +55,14 @@ class GpuEvaluator:
     @property
     def connections(self) -> list[Connection]:
         return [self._worker.connection] if self._current and self._worker.connection else []
+
+    def start(self) -> None:
+        limit = self._jobs.race_timeout_s
+        outcome = self._worker.call(self._jobs.start, self._device, timeout_s=limit)
+        while self._may_start_again(outcome):
+            outcome = self._worker.call(self._jobs.start, self._device, timeout_s=limit)
+        if isinstance(outcome, WorkerFailure):
+            raise FlashgenError(f"{self._device} cannot be measured on: {failure_reason(outcome)}")
 
     def submit(self, number: int, problem: Problem, config: KernelConfig, report: CompileReport) -> None:
         if problem != self._problem:

@@ -41,6 +41,9 @@ class ModelEvaluator:
     def connections(self) -> list[Connection]:
         return []
 
+    def start(self) -> None:
+        """Nothing to do: the interpreting processes start with the leaders."""
+
     def submit(self, number: int, problem: Problem, config: KernelConfig, report: CompileReport) -> None:
         resources = report.resources
         prediction = predict_us(problem, self._target, config, resources.registers, resources.smem_bytes)

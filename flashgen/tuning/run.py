@@ -81,6 +81,9 @@ class Run:
             Pool[int](self.workers, name="compiling process") as pool,
             self._evaluator() as evaluator,
         ):
+            if self.gpu is not None:
+                self.observer.stage(f"starting the measuring process on {self.gpu}")
+            evaluator.start()
             for index, problem in enumerate(unique):
                 seconds = (end - time.monotonic()) / (len(unique) - index)
                 deadline = time.monotonic() + (self.effort.seconds if math.isinf(seconds) else seconds)

@@ -56,7 +56,7 @@ def test_amd(device_is: Callable[..., None]) -> None:
 
 def test_an_unknown_architecture(device_is: Callable[..., None]) -> None:
     device_is("Tesla T4", 7, 5)
-    with pytest.raises(InputError, match="unknown target 'sm_75'; known: sm_80"):
+    with pytest.raises(InputError, match="unknown target 'sm_75'; known: A100"):
         detect_target(DEVICE)
 
 
