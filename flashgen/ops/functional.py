@@ -104,15 +104,12 @@ def attention(
     kind = "cuda" if q.is_cuda else "cpu"
     if torch.is_autocast_enabled(kind):
         q, k, v = autocast(kind, q, k, v)
-    if softmax_scale is None:
-        # A head dimension that is missing or 0 is refused below, with all else that may be wrong.
-        softmax_scale = float(q.shape[-1]) ** -0.5 if q.dim() and q.shape[-1] else 1.0
     out, lse = run(
         q,
         k,
         v,
         ("causal" if causal else "full") if mask is None else str(combine_mask(causal, mask)),
-        float(softmax_scale),
+        softmax_scale,
         layout,
         return_lse,
         "" if config is None else encode_config(config),

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import json
+import math
 import typing
 from collections.abc import Iterator
 
@@ -55,7 +56,7 @@ def run(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: str,
-    softmax_scale: float,
+    softmax_scale: float | None,
     layout: str,
     return_lse: bool,
     config: str,
@@ -67,7 +68,7 @@ def run(
     """
     if torch.compiler.is_compiling() or not _plain(q, k, v):
         out, lse = torch.ops.flashgen.attention_forward(
-            q, k, v, mask, softmax_scale, layout, return_lse, config, registry
+            q, k, v, mask, _scale(q, softmax_scale), layout, return_lse, config, registry
         )
         return out, lse if return_lse else None
     return forward(q, k, v, mask, softmax_scale, layout, return_lse, config, registry)
@@ -91,7 +92,7 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: str,
-    softmax_scale: float,
+    softmax_scale: float | None,
     layout: str,
     return_lse: bool,
     config: str,
@@ -100,9 +101,9 @@ def forward(
     """Return out, and lse where asked for: select, compile and bind on the first call of a kind, then only launch."""
     if not q.is_cuda:
         if q.is_meta:
-            out, lse = _fake_forward(q, k, v, mask, softmax_scale, layout, return_lse, config, registry)
+            out, lse = _fake_forward(q, k, v, mask, _scale(q, softmax_scale), layout, return_lse, config, registry)
             return out, lse if return_lse else None
-        options = _options(mask, softmax_scale, layout, return_lse, config, registry)
+        options = _options(mask, _scale(q, softmax_scale), layout, return_lse, config, registry)
         return _forward_cpu(q, k, v, options)
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
         say_copied("tensors that are not 16-byte aligned")
@@ -113,11 +114,19 @@ def forward(
     )  # fmt: skip
     runner = _memo.get(key)
     if runner is None:
-        runner = prepare(q, k, v, _options(mask, softmax_scale, layout, return_lse, config, registry))
+        runner = prepare(q, k, v, _options(mask, _scale(q, softmax_scale), layout, return_lse, config, registry))
         if len(_memo) >= _MEMO_LIMIT:
             _memo.clear()
         _memo[key] = runner
     return runner(q, k, v)
+
+
+def _scale(q: torch.Tensor, softmax_scale: float | None) -> float:
+    """Return the factor of the scores, 1 / sqrt(head_dim) where the caller gave none."""
+    if softmax_scale is not None:
+        return float(softmax_scale)
+    # A head dimension that is missing or 0 is refused later, with all else that may be wrong.
+    return 1.0 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
 
 
 def _options(mask: str, softmax_scale: float, layout: str, return_lse: bool, config: str, registry: str) -> Options:

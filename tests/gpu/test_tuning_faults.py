@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import flashgen
 from flashgen.codegen import KernelConfig
 from flashgen.launch import detect_target
 from flashgen.measure import Rejected, Timing
+from flashgen.registry import clear_bundles
 from flashgen.search_space import load_space
 from flashgen.spec import parse_problem
 from flashgen.tuning import SilentObserver
@@ -55,7 +57,7 @@ def seeds() -> list[KernelConfig]:
 
 
 @pytest.fixture
-def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
+def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tune]:
     """A function that tunes the small problem, every seed of it, with planted faults by job and config."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("FAULTY_PLAN", str(tmp_path / "plan.json"))
@@ -86,7 +88,9 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
         assert not report.interrupted
         return report.results[0]
 
-    return run
+    yield run
+    # What was loaded while the shipped registry was hidden must not serve another test.
+    clear_bundles()
 
 
 def assert_gpu_works() -> None:
