@@ -17,7 +17,7 @@ from flashgen.codegen.constraints import check_config
 from flashgen.errors import NoKernelError, RegistryError
 from flashgen.heuristics import default_configs
 from flashgen.launch import software_versions
-from flashgen.registry import load, search_locations, write_entries
+from flashgen.registry import file_name, load, read_file, search_locations, write_entries
 from flashgen.search_space import load_space
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget, Software
@@ -70,7 +70,7 @@ class Run:
         start = time.monotonic()
         end = math.inf if self.budget_s is None else start + self.budget_s
         unique = tuple(dict.fromkeys(dataclasses.replace(p, spec=p.spec.tuning_key()) for p in problems))
-        _require_writable(self.folder)
+        _require_writable(self.folder, {file_name(self.target.device_name, p.spec.phase) for p in unique})
         self.observer.run_started(self.target, len(unique), self.study, self.gpu is not None)
         results: list[ProblemResult] = []
         files: dict[Path, None] = {}
@@ -215,8 +215,8 @@ def _how(evaluator: Evaluator, software: Software) -> str:
     return f"{evaluator.timing}, triton {software.triton}, driver {software.driver}"
 
 
-def _require_writable(folder: Path) -> None:
-    """Return if entries can be written to `folder`, which is made if need be.
+def _require_writable(folder: Path, names: typing.Iterable[str]) -> None:
+    """Return if entries can be written to the files `names` of `folder`, which is made if need be.
 
     Raises:
         RegistryError: before an hour of tuning rather than after it.
@@ -229,3 +229,9 @@ def _require_writable(folder: Path) -> None:
         raise RegistryError(
             f"the registry folder {folder} cannot be written ({error}); nothing was tuned: choose another"
         ) from error
+    for path in (folder / name for name in names):
+        issues = read_file(path).issues if path.exists() else ()
+        if issues:
+            raise RegistryError(
+                f"{issues[0]}; the file was left untouched and nothing was tuned: repair it or move it away"
+            )

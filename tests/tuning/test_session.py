@@ -189,12 +189,26 @@ def test_a_registry_that_cannot_be_written_is_said_before_tuning(bench):
     assert bench.calls("compile") == []
 
 
-def test_a_damaged_registry_is_left_alone_and_the_trials_are_kept(bench):
+def test_a_damaged_registry_is_said_before_tuning(bench):
+    (path,) = bench.run(trials=2).files
+    path.write_bytes(b"entries: [")
+    compiled = len(bench.calls("compile"))
+    with pytest.raises(RegistryError, match="left untouched and nothing was tuned"):
+        bench.run(trials=4)
+    assert path.read_bytes() == b"entries: ["
+    assert len(bench.calls("compile")) == compiled
+
+
+def test_a_registry_that_is_damaged_meanwhile_is_left_alone_and_the_trials_are_kept(bench):
     (path,) = bench.run(trials=2).files
     good = path.read_bytes()
-    path.write_bytes(b"entries: [")
+
+    class Vandal(SilentObserver):
+        def stage(self, text: str) -> None:
+            path.write_bytes(b"entries: [")
+
     with pytest.raises(RegistryError, match="left untouched"):
-        bench.run(trials=4)
+        bench.run(trials=4, observer=Vandal())
     assert path.read_bytes() == b"entries: ["
     path.write_bytes(good)
     observer = Recorder()
