@@ -12,12 +12,11 @@ from torch.autograd import forward_ad
 from flashgen.codegen import KernelConfig
 from flashgen.dispatch import Selection
 from flashgen.errors import InputError, UnsupportedError
-from flashgen.launch import Operands, detect_target
-from flashgen.ops.checks import LAYOUTS, Layout, autocast, check_layout, combine_mask, heads_first, problem_of
-from flashgen.ops.runtime import Options, choose
-from flashgen.ops.torch_op import encode_config, run
+from flashgen.launch import detect_target
+from flashgen.ops.checks import LAYOUTS, Layout, autocast, check_layout, combine_mask, problem_of
+from flashgen.ops.runtime import Options, choose, operands_of
+from flashgen.ops.torch_op import INTERPRETED_AS, encode_config, run
 from flashgen.spec import Mask, Problem, parse_problem
-from flashgen.target import named_target
 
 
 @typing.overload
@@ -145,11 +144,8 @@ def explain(
     )
     problem = problem_of(q, k, v, mask=options.mask, layout=layout, lse=return_lse)
     if not q.is_cuda:
-        return choose(problem, named_target("sm_90"), options)
-    strides = [heads_first(t, layout).stride() for t in (q, k, v)]
-    out = heads_first(torch.empty((*q.shape[:3], v.shape[3]), device="meta"), layout).stride()
-    operands = Operands(q=strides[0], k=strides[1], v=strides[2], out=out).normalised(problem)
-    return choose(problem, detect_target(q.device), options, operands)
+        return choose(problem, INTERPRETED_AS, options)
+    return choose(problem, detect_target(q.device), options, operands_of(q, k, v, problem, layout))
 
 
 def warmup(

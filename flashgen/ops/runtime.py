@@ -85,9 +85,7 @@ def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options)
             ),
             options,
         )
-    out = heads_first(torch.empty((*q.shape[:3], v.shape[3]), device="meta"), layout)
-    strides = [heads_first(t, layout).stride() for t in (q, k, v)]
-    operands = Operands(q=strides[0], k=strides[1], v=strides[2], out=out.stride()).normalised(problem)
+    operands = operands_of(q, k, v, problem, layout)
     selection = choose(problem, detect_target(q.device), options, operands)
     launch = ForwardLaunch(
         plan=render(problem.spec, selection.config).plan,
@@ -98,6 +96,14 @@ def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options)
         softmax_scale=options.softmax_scale,
     )
     return _Bound(launch, problem, q)
+
+
+def operands_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, layout: Layout) -> Operands:
+    """Return the strides that a kernel meets: of the tensors, or of the dense copies that are made first."""
+    out = torch.empty((*q.shape[:3], v.shape[3]), device="meta")
+    met = {"q": q, "k": k, "v": v, "out": out}
+    dense = {name: t if readable(t) else torch.empty(t.shape, device="meta") for name, t in met.items()}
+    return Operands.of({name: heads_first(t, layout) for name, t in dense.items()}, problem)
 
 
 def _with_inputs(change: collections.abc.Callable[..., tuple[torch.Tensor, ...]], options: Options) -> Runner:

@@ -36,7 +36,7 @@ _SCHEMA = (
 # Lengths change from call to call in some programs: past this many kinds of call, the memo starts anew.
 _MEMO_LIMIT = 8192
 # CPU tensors know no GPU: what runs for them, and is explained, is the choice for Hopper.
-_INTERPRETED_AS = named_target("sm_90")
+INTERPRETED_AS = named_target("sm_90")
 _memo: dict[tuple[object, ...], Runner] = {}
 _interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("flashgen_interpreting", default=False)
 
@@ -156,12 +156,12 @@ def _forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Opt
     layout = options.layout
     problem = problem_of(q, k, v, mask=options.mask, layout=layout, lse=options.return_lse)
     if options.config is not None:
-        require_legal(options.config, problem.spec, _INTERPRETED_AS)
+        require_legal(options.config, problem.spec, INTERPRETED_AS)
     if q.device.type != "cpu":
         raise UnsupportedError(f"flashgen runs on CUDA and ROCm GPUs and on the CPU, not on {q.device}")
     q, k, v = (heads_first(t, layout) for t in (q, k, v))
     if _interpreting.get() or interpret_requested():
-        selection = choose(problem, _INTERPRETED_AS, options)
+        selection = choose(problem, INTERPRETED_AS, options)
         out, lse = interpret_forward(
             q if options.softmax_scale >= 0 else -q,
             k,

@@ -14,6 +14,7 @@ from flashgen.errors import RegistryError
 from flashgen.registry.atomic import replace_file
 from flashgen.registry.contents import FileContents, FileIssue
 from flashgen.registry.entry import RegistryEntry
+from flashgen.registry.locations import entries_changed
 from flashgen.registry.merging import merge
 from flashgen.registry.yaml_text import MAX_FILE_BYTES, dump, parse, readable
 from flashgen.spec import Phase
@@ -65,6 +66,7 @@ def write_entries(folder: Path, entries: typing.Iterable[RegistryEntry]) -> tupl
     for name, group in sorted(groups.items()):
         _update(folder / name, group)
         paths.append(folder / name)
+        entries_changed()
     return tuple(paths)
 
 

@@ -29,13 +29,13 @@ class Location:
 
 
 @dataclasses.dataclass
-class _Bundles:
-    folders: tuple[Path, ...] = ()
+class _SearchPath:
+    bundles: tuple[Path, ...] = ()
     generation: int = 0
 
 
-_bundles = _Bundles()
-_bundles_lock = threading.Lock()
+_search_path = _SearchPath()
+_search_path_lock = threading.Lock()
 
 
 def search_locations(explicit: Path | None = None) -> tuple[Location, ...]:
@@ -46,7 +46,7 @@ def search_locations(explicit: Path | None = None) -> tuple[Location, ...]:
     """
     found: list[tuple[Path, Label]] = [] if explicit is None else [(explicit, "argument")]
     found += [(path, "environment") for path in resources.registry_override()]
-    found += [(path, "bundle") for path in _bundles.folders]
+    found += [(path, "bundle") for path in _search_path.bundles]
     found += [(resources.user_registry_dir(), "user"), (resources.shipped_registry_dir(), "shipped")]
     return tuple(Location(path=path, label=label) for path, label in found)
 
@@ -70,22 +70,28 @@ def use_bundle(model_dir: Path | str) -> Path:
     if not any(file.entries() for file in loaded):
         reasons = "; ".join(str(issue) for file in loaded for issue in file.issues) or "no entries"
         raise RegistryError(f"{folder}: no usable entry in this bundle: {reasons}; export it again")
-    with _bundles_lock:
-        _bundles.folders = (folder, *(known for known in _bundles.folders if known != folder))
-        _bundles.generation += 1
+    with _search_path_lock:
+        _search_path.bundles = (folder, *(known for known in _search_path.bundles if known != folder))
+        _search_path.generation += 1
     return folder
 
 
 def clear_bundles() -> None:
     """Forget every bundle of `use_bundle`."""
-    with _bundles_lock:
-        _bundles.folders = ()
-        _bundles.generation += 1
+    with _search_path_lock:
+        _search_path.bundles = ()
+        _search_path.generation += 1
+
+
+def entries_changed() -> None:
+    """Say that this process wrote entries: what was looked up before is stale."""
+    with _search_path_lock:
+        _search_path.generation += 1
 
 
 def generation() -> int:
-    """Return a number that changes with every `use_bundle` and `clear_bundles`: what was looked up before is stale."""
-    return _bundles.generation
+    """Return a number that changes when this process changes bundles or entries: what was looked up before is stale."""
+    return _search_path.generation
 
 
 def _yaml_files(folder: Path) -> tuple[Path, ...]:

@@ -5,6 +5,7 @@ A mask holds meaning only; how it is computed lives in `templates/mods/mask_<kin
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import typing
 
@@ -14,18 +15,18 @@ Align = typing.Literal["bottom_right", "top_left"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Mask:
+class Mask(abc.ABC):
     """Base of all masks; frozen, hashable, written back by `str` and read by `parse_mask`."""
 
     kind: typing.ClassVar[str]
 
+    @abc.abstractmethod
     def visible_pairs(self, seqlen_q: int, seqlen_k: int) -> int:
         """Return how many (query, key) pairs one head sees: what the useful flops are counted from."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sees(self, q_idx: int, kv_idx: int, seqlen_q: int, seqlen_k: int) -> bool:
         """Return whether query row `q_idx` sees key `kv_idx`; plain integers, or arrays element by element."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

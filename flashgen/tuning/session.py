@@ -11,7 +11,7 @@ import torch
 from flashgen.errors import InputError
 from flashgen.launch import detect_target
 from flashgen.resources import cache_dir, user_registry_dir
-from flashgen.spec import Problem
+from flashgen.spec import Problem, parse_problem
 from flashgen.target import GpuTarget, named_target
 from flashgen.tuning.effort import effort_named
 from flashgen.tuning.events import Observer, SilentObserver, TuneReport
@@ -20,7 +20,7 @@ from flashgen.tuning.run import Run
 
 
 def tune(
-    problems: typing.Sequence[Problem],
+    problems: typing.Sequence[Problem | str],
     *,
     target: GpuTarget | None = None,
     device: str | None = None,
@@ -42,7 +42,7 @@ def tune(
     the best so far is written.
 
     Args:
-        problems: what to tune.
+        problems: what to tune; a problem, or its text (`b=4 hq=32 hkv=8 sq=4096 sk=4096 d=128 causal bf16`).
         target: rank by the model for this GPU, which need not be here.
         device: the GPU to measure on, such as `cuda:0`, or `cpu` for none; by default the first GPU there is.
         effort: `check` (the seeds), `quick` or `full`.
@@ -57,7 +57,7 @@ def tune(
         What was found and written.
 
     Raises:
-        InputError: for no problems, an unknown effort, target or device, or a damaged study.
+        InputError: for no problems, a text that is none, an unknown effort, target or device, or a damaged study.
         RegistryError: if the registry cannot be written; the trials are kept.
         FlashgenError: if another run is using the study, it cannot be written, or worker processes cannot start.
     """
@@ -82,7 +82,7 @@ def tune(
         observer=observer or SilentObserver(),
         jobs=Jobs(),
     )
-    return run.tune(problems)
+    return run.tune([parse_problem(p) if isinstance(p, str) else p for p in problems])
 
 
 def default_workers(gpu: bool) -> int:

@@ -14,7 +14,7 @@ import flashgen
 from flashgen.codegen import KernelResources, TritonForwardConfig, render
 from flashgen.launch import software_versions
 from flashgen.ops import torch_op
-from flashgen.ops.runtime import registry_for
+from flashgen.ops.runtime import operands_of, registry_for
 from flashgen.registry import (
     Accuracy,
     MeasuredRange,
@@ -203,3 +203,13 @@ def test_memo_is_bounded(prepared: list[int], monkeypatch: pytest.MonkeyPatch) -
         assert len(torch_op._memo) <= 10
     assert call(99) == "ran 99"
     assert len(prepared) == 99
+
+
+def test_operands_are_those_of_the_copies_that_are_made() -> None:
+    problem = parse_problem("b=2 h=4 s=32 d=64 fp16")
+    dense = torch.empty(2, 4, 32, 64, dtype=torch.float16)
+    transposed = torch.empty(2, 4, 64, 32, dtype=torch.float16).transpose(2, 3)
+    operands = operands_of(dense, transposed, dense, problem, "bhsd")
+    assert operands.q == operands.k == operands.v == operands.out == (8192, 2048, 64, 1)
+    strided = torch.empty(2, 32, 3, 4, 64, dtype=torch.float16)[:, :, 1].transpose(1, 2)
+    assert operands_of(strided, dense, dense, problem, "bhsd").q == strided.stride()

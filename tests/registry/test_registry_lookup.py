@@ -184,3 +184,9 @@ def test_bundle_without_usable_entries_is_refused(tmp_path, make_entry) -> None:
     assert not [loc for loc in search_locations() if loc.label == "bundle"]
     with pytest.raises(RegistryError, match="no such folder"):
         export_bundle([make_entry()], tmp_path / "absent")
+
+
+def test_writing_entries_makes_earlier_lookups_stale(tmp_path, make_entry) -> None:
+    before = generation()
+    write_entries(tmp_path, [make_entry()])
+    assert generation() > before

@@ -301,12 +301,13 @@ def test_ctrl_c_of_the_process_saves_and_says_so(bench):
     ("call", "words"),
     [
         ({"problems": []}, "at least one problem"),
+        ({"problems": ["b=1 h=2"]}, "must give hq="),
         ({"effort": "max"}, "allowed: check, quick, full"),
         ({"budget_s": 0.0}, "above 0 seconds"),
         ({"device": "cuda:0", "target": H200}, "not both"),
         ({"device": "tpu"}, "'cuda:N', got 'tpu'"),
     ],
-    ids=["problems", "effort", "budget", "device and target", "device"],
+    ids=["problems", "text", "effort", "budget", "device and target", "device"],
 )
 def test_bad_calls_are_refused(tmp_path, call, words):
     with pytest.raises(InputError, match=words):
