@@ -71,7 +71,8 @@ def write_entries(folder: Path, entries: typing.Iterable[RegistryEntry]) -> tupl
 
 
 def _update(path: Path, new: list[RegistryEntry]) -> None:
-    lock = path.with_name(path.name + ".lock")
+    # Hidden, because it stays: a lock file that is removed can be held twice.
+    lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_S):

@@ -139,7 +139,7 @@ def test_damaged_file_is_reported_skipped_and_never_overwritten(name, tmp_path, 
     assert str(issue) in str(caught.value)
     assert "move it away" in str(caught.value)
     assert path.read_bytes() == damaged
-    assert sorted(p.name for p in tmp_path.iterdir()) == [NAME, NAME + ".lock"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".{NAME}.lock", NAME]
 
 
 # One entry of three is hurt: what is replaced, by what, in which line the reader must see it, the reason.
