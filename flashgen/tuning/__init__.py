@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import typing
 
+from flashgen.errors import MissingDependencyError
+
 if typing.TYPE_CHECKING:
     from flashgen.tuning.effort import EFFORTS as EFFORTS
     from flashgen.tuning.events import Observer as Observer
@@ -33,4 +35,11 @@ __all__ = ["EFFORTS", "Observer", "ProblemResult", "SilentObserver", "TrialRecor
 def __getattr__(name: str) -> typing.Any:
     if name not in _HOME:
         raise AttributeError(f"module 'flashgen.tuning' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise MissingDependencyError(
+            "tuning needs optuna, which is not installed: pip install 'optuna>=4.2,<6'"
+        ) from error

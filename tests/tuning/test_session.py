@@ -323,3 +323,16 @@ def test_efforts_grow():
         values = [getattr(level, field) for level in levels]
         assert values == sorted(set(values))
     assert [level.seeds_only for level in levels] == [True, False, False]
+
+
+def test_without_optuna_tuning_says_what_to_install():
+    code = (
+        "import sys; sys.modules['optuna'] = None\n"
+        "import flashgen\n"
+        "flashgen.attention\n"
+        "try:\n    flashgen.tune\n"
+        "except flashgen.FlashgenError as error:\n    print(type(error).__name__, error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.startswith("MissingDependencyError tuning needs optuna")
+    assert "pip install" in result.stdout
