@@ -1,7 +1,9 @@
 """What attention computes, as plain values; imports neither torch nor triton."""
 
 from flashgen.spec.dtypes import DType, parse_dtype
-from flashgen.spec.masks import Causal, Full, Mask, causal, full, parse_mask
+from flashgen.spec.extras import Extras
+from flashgen.spec.mask_text import parse_mask
+from flashgen.spec.masks import Causal, Full, Mask, Positions, causal, full
 from flashgen.spec.problem import PHASES, AttentionSpec, Phase, Problem, Shape
 from flashgen.spec.text import parse_problem
 
@@ -10,9 +12,11 @@ __all__ = [
     "AttentionSpec",
     "Causal",
     "DType",
+    "Extras",
     "Full",
     "Mask",
     "Phase",
+    "Positions",
     "Problem",
     "Shape",
     "causal",

@@ -1,79 +1,61 @@
-"""Masks as values: which key positions a query row may see.
+"""Masks as values: which key positions a query row may see; they compose with `&`, `|` and `~`.
 
-A mask holds meaning only; how it is computed lives in `templates/mods/mask_<kind>.py.jinja`, named by `kind`.
+`flashgen.masks`: the functions below make them; `causal=` and `window=` of a call are sugar for two of them.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import typing
+from collections.abc import Callable
 
 from flashgen.errors import InputError
+from flashgen.spec.mask_base import Complement, Intersection, Mask, Positions, Union
+from flashgen.spec.mask_kinds import (
+    UNBOUNDED,
+    Align,
+    Causal,
+    Chunked,
+    DilatedWindow,
+    Document,
+    Full,
+    FunctionMask,
+    GlobalTokens,
+    PrefixLM,
+    SlidingWindow,
+)
+from flashgen.spec.mod_reader import read_mod
+from flashgen.spec.mods import Capture, ModFunction, TensorLike
 
-Align = typing.Literal["bottom_right", "top_left"]
+__all__ = [
+    "Align",
+    "Causal",
+    "Chunked",
+    "Complement",
+    "DilatedWindow",
+    "Document",
+    "Full",
+    "FunctionMask",
+    "GlobalTokens",
+    "Intersection",
+    "Mask",
+    "Positions",
+    "PrefixLM",
+    "SlidingWindow",
+    "Union",
+    "causal",
+    "chunked",
+    "dilated_window",
+    "document",
+    "document_without_ids",
+    "full",
+    "function",
+    "global_tokens",
+    "prefix_lm",
+    "sliding_window",
+]
 
-
-@dataclasses.dataclass(frozen=True)
-class Mask(abc.ABC):
-    """Base of all masks; frozen, hashable, written back by `str` and read by `parse_mask`."""
-
-    kind: typing.ClassVar[str]
-
-    @abc.abstractmethod
-    def visible_pairs(self, seqlen_q: int, seqlen_k: int) -> int:
-        """Return how many (query, key) pairs one head sees: what the useful flops are counted from."""
-
-    @abc.abstractmethod
-    def sees(self, q_idx: int, kv_idx: int, seqlen_q: int, seqlen_k: int) -> bool:
-        """Return whether query row `q_idx` sees key `kv_idx`; plain integers, or arrays element by element."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Full(Mask):
-    """Every query sees every key."""
-
-    kind: typing.ClassVar[str] = "full"
-
-    def visible_pairs(self, seqlen_q: int, seqlen_k: int) -> int:
-        return seqlen_q * seqlen_k
-
-    def sees(self, q_idx: int, kv_idx: int, seqlen_q: int, seqlen_k: int) -> bool:
-        return (q_idx >= 0) & (kv_idx >= 0)
-
-    def __str__(self) -> str:
-        return "full"
-
-
-@dataclasses.dataclass(frozen=True)
-class Causal(Mask):
-    """Query i sees keys j <= i + offset; offset is seqlen_k - seqlen_q for `bottom_right`, 0 for `top_left`."""
-
-    kind: typing.ClassVar[str] = "causal"
-    align: Align = "bottom_right"
-
-    def offset(self, seqlen_q: int, seqlen_k: int) -> int:
-        """Return how far the diagonal is moved to the right."""
-        return seqlen_k - seqlen_q if self.align == "bottom_right" else 0
-
-    def visible_pairs(self, seqlen_q: int, seqlen_k: int) -> int:
-        offset = self.offset(seqlen_q, seqlen_k)
-        # Row i sees clamp(i + offset + 1, 0, seqlen_k) keys: nothing, then a ramp, then all of them.
-        first = min(max(-offset, 0), seqlen_q)
-        last = min(max(seqlen_k - offset - 1, first), seqlen_q)
-        ramp = sum_range(first + offset + 1, last - first)
-        return ramp + (seqlen_q - last) * seqlen_k
-
-    def sees(self, q_idx: int, kv_idx: int, seqlen_q: int, seqlen_k: int) -> bool:
-        return kv_idx <= q_idx + self.offset(seqlen_q, seqlen_k)
-
-    def __str__(self) -> str:
-        return "causal" if self.align == "bottom_right" else f"causal(align={self.align})"
-
-
-def sum_range(start: int, count: int) -> int:
-    """Return start + (start + 1) + ... over `count` terms."""
-    return count * start + count * (count - 1) // 2
+_MAX_NUMBER = 2**30
 
 
 def full() -> Mask:
@@ -95,16 +77,123 @@ def causal(align: Align = "bottom_right") -> Mask:
     return Causal(align)
 
 
-_BY_TEXT: dict[str, Mask] = {str(m): m for m in (Full(), Causal(), Causal("top_left"))}
+def sliding_window(left: int, right: int) -> Mask:
+    """Return the mask of keys j with i + off - left <= j <= i + off + right, off = seqlen_k - seqlen_q.
 
-
-def parse_mask(text: str) -> Mask:
-    """Return the mask that `str(mask)` wrote as `text`.
+    Args:
+        left: keys seen before a query's own position; -1 is no bound.
+        right: keys seen after it; -1 is no bound, 0 is causal.
 
     Raises:
-        InputError: if no mask is written so.
+        InputError: for anything but whole numbers of at least -1.
     """
-    try:
-        return _BY_TEXT[text]
-    except KeyError:
-        raise InputError(f"unknown mask {text!r}; known: {', '.join(_BY_TEXT)}") from None
+    left, right = _number("left", left, UNBOUNDED), _number("right", right, UNBOUNDED)
+    if left == UNBOUNDED:
+        if right == UNBOUNDED:
+            return Full()
+        if right == 0:
+            return Causal()
+    return SlidingWindow(left, right)
+
+
+def prefix_lm(length: int) -> Mask:
+    """Return the mask under which every row sees the first `length` keys and the rest is causal.
+
+    Raises:
+        InputError: if `length` is negative or no whole number.
+    """
+    return PrefixLM(_number("length", length, 0))
+
+
+def chunked(size: int) -> Mask:
+    """Return the mask under which a query sees the keys of its own chunk of `size` positions.
+
+    Raises:
+        InputError: if `size` is less than 1 or no whole number.
+    """
+    return Chunked(_number("size", size, 1))
+
+
+def dilated_window(left: int, right: int, dilation: int) -> Mask:
+    """Return a window of which a query sees its own position and every `dilation`-th key to both sides.
+
+    Args:
+        left: how far the window reaches back, in keys.
+        right: how far it reaches ahead; 0 is causal.
+        dilation: the step between seen keys.
+
+    Raises:
+        InputError: for a negative reach or a step below 1.
+    """
+    return DilatedWindow(_number("left", left, 0), _number("right", right, 0), _number("dilation", dilation, 1))
+
+
+def global_tokens(count: int) -> Mask:
+    """Return the mask of the first `count` positions, which see all and are seen by all; `|` a window for the rest.
+
+    Raises:
+        InputError: if `count` is negative or no whole number.
+    """
+    return GlobalTokens(_number("count", count, 0))
+
+
+def function(mask_mod: Callable[..., object]) -> Mask:
+    """Return the mask that a plain Python function of (b, h, q_idx, kv_idx) says, as FlexAttention's `mask_mod`.
+
+    The function is read from its source, not called: arithmetic, comparisons, `where`, minimum and maximum, exp, log,
+    tanh and the like, and captured numbers and tensors (`ids[b, q_idx]`).
+
+    Raises:
+        InputError: for anything else, pointing at the line.
+    """
+    return FunctionMask(read_mod(mask_mod, "mask"))
+
+
+def document(ids: TensorLike, kv_ids: TensorLike | None = None) -> Mask:
+    """Return the mask of packed sequences: a query sees the keys with its own id.
+
+    Args:
+        ids: integer ids [seqlen] or [batch, seqlen] of the queries, and of the keys unless `kv_ids` is given.
+        kv_ids: ids of the keys, with as many dimensions.
+
+    Raises:
+        InputError: for ids with other dimensions.
+    """
+    keys = ids if kv_ids is None else kv_ids
+    if ids.ndim not in (1, 2) or keys.ndim != ids.ndim:
+        raise InputError(
+            f"document ids must be [seqlen] or [batch, seqlen], queries and keys alike; got {tuple(ids.shape)} and "
+            f"{tuple(keys.shape)}"
+        )
+    return Document(
+        dataclasses.replace(_document_function(ids.ndim == 2), tensors=(_as_int32(ids), _as_int32(keys))), ids.ndim == 2
+    )
+
+
+def _document_function(batched: bool) -> ModFunction:
+    first = ("b",) if batched else ()
+    comma = "b, " if batched else ""
+    return ModFunction(
+        role="mask",
+        source=f"return q_ids[{comma}q_idx] == kv_ids[{comma}kv_idx]",
+        captures=(
+            Capture(name="q_ids", dtype="int32", axes=(*first, "q_idx")),
+            Capture(name="kv_ids", dtype="int32", axes=(*first, "kv_idx")),
+        ),
+    )
+
+
+def document_without_ids(batched: bool) -> Mask:
+    """Return the document mask as a kernel sees it, for a problem whose ids are made up."""
+    return Document(_document_function(batched), batched)
+
+
+def _number(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_NUMBER:
+        raise InputError(f"{name} must be a whole number from {least} to {_MAX_NUMBER}, got {value!r}")
+    return value
+
+
+def _as_int32(ids: TensorLike) -> TensorLike:
+    # Torch is not imported here; its tensors bring the conversion along.
+    return typing.cast(TensorLike, typing.cast(typing.Any, ids).int())

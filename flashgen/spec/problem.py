@@ -9,23 +9,40 @@ import typing
 from flashgen.errors import InputError
 from flashgen.spec.dtypes import DType
 from flashgen.spec.masks import Full, Mask
+from flashgen.spec.mods import ModFunction
 
 Phase = typing.Literal["forward"]
 PHASES: tuple[Phase, ...] = typing.get_args(Phase)
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 512
+
+Bias = typing.Literal["none", "input", "fp32", "bool"]
+BIASES: tuple[Bias, ...] = typing.get_args(Bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """The meaning of an attention kernel, without any size that changes from call to call.
 
+    The order of what happens to a score: scale, softcap, score_mod, bias and ALiBi, then the mask.
+
     Attributes:
         phase: `forward`.
-        dtype: element type of Q, K, V and out.
-        head_dim_qk: columns of Q and K; a multiple of 8 from 16 to 256.
+        dtype: element type of Q, K, V and out, and how products are computed.
+        head_dim_qk: columns of Q and K; a multiple of 8 from 16 to 512.
         head_dim_v: columns of V and out; likewise, need not equal head_dim_qk.
         mask: which keys a query sees.
+        score_mod: a function of (score, b, h, q_idx, kv_idx), or None.
+        softcap: scores s become c * tanh(s / c); the number c is given at the call.
+        bias: what is added to the scores: `none`, a tensor of Q's dtype (`input`), of float32, or `bool`, whose False
+            hides a key.
+        bias_aligned: rows of the bias start at whole 16 bytes and are contiguous.
+        alibi: slope * |distance| is taken off, one slope a head.
+        sinks: one extra logit a head in the denominator of every row.
+        dropout: probabilities are dropped at random; the share is given at the call.
+        varlen: Q, K and V are packed [tokens, heads, head_dim], cut by cu_seqlens.
+        seqused: each batch entry uses only the first seqused_q / seqused_k of its rows: `""`, `q`, `k` or `qk`.
+        descale: Q, K and V are multiplied by factors per (batch, key/value head); fp8 only.
         lse: whether the natural-log log-sum-exp of each row is written too.
     """
 
@@ -33,6 +50,16 @@ class AttentionSpec:
     head_dim_qk: int
     head_dim_v: int
     mask: Mask = Full()
+    score_mod: ModFunction | None = None
+    softcap: bool = False
+    bias: Bias = "none"
+    bias_aligned: bool = True
+    alibi: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    varlen: bool = False
+    seqused: str = ""
+    descale: bool = False
     lse: bool = False
     phase: Phase = "forward"
 
@@ -42,19 +69,56 @@ class AttentionSpec:
         for name, size in (("head_dim_qk", self.head_dim_qk), ("head_dim_v", self.head_dim_v)):
             if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % 8:
                 raise InputError(f"{name} must be a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {size}")
+        if self.dtype is DType.FP8 and (self.head_dim_qk % 16 or self.head_dim_v % 16):
+            raise InputError(
+                f"fp8 rows are whole 16 bytes: head dimensions must be multiples of 16, got {self.head_dim_qk} and "
+                f"{self.head_dim_v}"
+            )
+        if self.bias not in BIASES:
+            raise InputError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        if self.seqused not in ("", "q", "k", "qk"):
+            raise InputError(f"seqused must be '', 'q', 'k' or 'qk', got {self.seqused!r}")
+        if self.descale and self.dtype is not DType.FP8:
+            raise InputError(f"descale factors belong to fp8, got {self.dtype}")
 
     @property
     def default_scale(self) -> float:
         """The factor of the scores where the caller gives none: head_dim_qk ** -0.5."""
         return 1.0 / math.sqrt(self.head_dim_qk)
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the spec has beyond dtype, head dimensions, mask and score_mod, in the words of `parse_problem`."""
+        flags = ("softcap", "alibi", "sinks", "dropout", "varlen", "descale")
+        words = [name for name in flags if getattr(self, name)]
+        if self.bias != "none":
+            words.append(f"bias={self.bias}" + ("" if self.bias_aligned else ":unaligned"))
+        if self.seqused:
+            words.append(f"seqused={self.seqused}")
+        return tuple(words)
+
     def tuning_key(self) -> AttentionSpec:
-        """Return the spec that tuned entries are kept under: lse adds one float per row and never moves the winner."""
-        return dataclasses.replace(self, lse=False) if self.lse else self
+        """Return the spec that tuned entries are kept under: without what never moves the winner.
+
+        lse, sinks, seqused and descale cost a few numbers per row or tile, and tensors are no part of a key.
+        """
+        return dataclasses.replace(
+            self.without_tensors(), lse=False, sinks=False, seqused="", descale=False, bias_aligned=True
+        )
+
+    def without_tensors(self) -> AttentionSpec:
+        """Return the spec without the tensors that its mask and score_mod hold."""
+        score_mod = self.score_mod and self.score_mod.without_tensors()
+        return dataclasses.replace(self, mask=self.mask.structure(keep_numbers=True), score_mod=score_mod)
+
+    def structure(self) -> AttentionSpec:
+        """Return the spec with neutral numbers in its mask: equal ones share their source and their binary."""
+        return dataclasses.replace(self.without_tensors(), mask=self.mask.structure())
 
     def __str__(self) -> str:
         dims = f"d={self.head_dim_qk}" + ("" if self.head_dim_v == self.head_dim_qk else f" dv={self.head_dim_v}")
-        return f"{self.phase} {dims} {self.mask} {self.dtype}" + (" lse" if self.lse else "")
+        words = [self.phase, dims, str(self.mask), *([str(self.score_mod)] if self.score_mod else []), *self.features]
+        return " ".join([*words, str(self.dtype), *(["lse"] if self.lse else [])])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,15 +158,29 @@ class Problem:
 
     def flops(self) -> int:
         """Return the multiply-adds, counted twice, of the two products over the visible pairs."""
-        pairs = self.spec.mask.visible_pairs(self.shape.seqlen_q, self.shape.seqlen_k)
-        return 2 * pairs * (self.spec.head_dim_qk + self.spec.head_dim_v) * self.shape.batch * self.shape.nheads_q
+        pairs = sum(self.spec.mask.visible_pairs(seqlen_q, seqlen_k) for seqlen_q, seqlen_k in self.lengths())
+        return 2 * pairs * (self.spec.head_dim_qk + self.spec.head_dim_v) * self.shape.nheads_q
+
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """Return (seqlen_q, seqlen_k) of each batch entry.
+
+        Packed sequences have the shape's lengths as their longest. What they are tuned on, and what is counted here,
+        are lengths spread evenly from the longest to half of it.
+        """
+        batch, seqlen_q, seqlen_k = self.shape.batch, self.shape.seqlen_q, self.shape.seqlen_k
+        if not self.spec.varlen:
+            return ((seqlen_q, seqlen_k),) * batch
+        shares = [1 - z / (2 * batch) for z in range(batch)]
+        return tuple((math.ceil(seqlen_q * share), math.ceil(seqlen_k * share)) for share in shares)
 
     def min_bytes(self) -> int:
         """Return the fewest bytes that must cross device memory: each input read once, each output written once."""
         s, spec = self.shape, self.spec
         dims = spec.head_dim_qk + spec.head_dim_v
-        elements = s.batch * dims * (s.nheads_q * s.seqlen_q + s.nheads_kv * s.seqlen_k)
-        return elements * spec.dtype.itemsize + 4 * s.batch * s.nheads_q * s.seqlen_q * spec.lse
+        rows_q, rows_k = (sum(lengths) for lengths in zip(*self.lengths(), strict=True)) if s.batch else (0, 0)
+        inputs = s.nheads_q * rows_q * spec.head_dim_qk + s.nheads_kv * rows_k * dims
+        outputs = s.nheads_q * rows_q * spec.head_dim_v * spec.dtype.out.itemsize + 4 * s.nheads_q * rows_q * spec.lse
+        return inputs * spec.dtype.itemsize + outputs
 
     def __str__(self) -> str:
         return f"{self.shape} {self.spec}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from flashgen.errors import InputError
 from flashgen.spec import AttentionSpec, DType, Problem, Shape, causal, full
-from flashgen.spec.masks import Full, Mask
+from flashgen.spec.masks import Full, Mask, document, sliding_window
+from flashgen.spec.mods import parse_mod
 
 SHAPE = Shape(batch=2, seqlen_q=3, seqlen_k=5, nheads_q=6, nheads_kv=2)
 
@@ -24,30 +26,77 @@ def test_flops_by_hand(mask: Mask, pairs: int) -> None:
     assert Problem(spec=spec_of(mask), shape=SHAPE).flops() == pairs * 2 * 96 * 12
 
 
-@pytest.mark.parametrize(("dtype", "itemsize"), [(DType.FP16, 2), (DType.BF16, 2), (DType.FP32, 4)])
-def test_min_bytes_by_hand(dtype: DType, itemsize: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "itemsize", "out_itemsize"),
+    [(DType.FP16, 2, 2), (DType.BF16, 2, 2), (DType.FP32, 4, 4), (DType.TF32, 4, 4), (DType.FP8, 1, 2)],
+)
+def test_min_bytes_by_hand(dtype: DType, itemsize: int, out_itemsize: int) -> None:
     q, k, v, out = 2 * 6 * 3 * 64, 2 * 2 * 5 * 64, 2 * 2 * 5 * 32, 2 * 6 * 3 * 32
-    assert Problem(spec=spec_of(dtype=dtype), shape=SHAPE).min_bytes() == (q + k + v + out) * itemsize
+    plain = (q + k + v) * itemsize + out * out_itemsize
+    assert Problem(spec=spec_of(dtype=dtype), shape=SHAPE).min_bytes() == plain
     with_lse = Problem(spec=spec_of(dtype=dtype, lse=True), shape=SHAPE).min_bytes()
-    assert with_lse == (q + k + v + out) * itemsize + 4 * 2 * 6 * 3
+    assert with_lse == plain + 4 * 2 * 6 * 3
+
+
+def test_packed_sequences_are_counted_one_by_one() -> None:
+    packed = Problem(
+        spec=dataclasses.replace(spec_of(causal()), varlen=True),
+        shape=Shape(batch=2, seqlen_q=4, seqlen_k=8, nheads_q=6, nheads_kv=2),
+    )
+    assert packed.lengths() == ((4, 8), (3, 6))
+    # Rows of 5 + 6 + 7 + 8 keys, and of 4 + 5 + 6.
+    assert packed.flops() == (26 + 15) * 2 * 96 * 6
+    assert packed.min_bytes() == 2 * (6 * 7 * (64 + 32) + 2 * 14 * (64 + 32))
+    dense = dataclasses.replace(packed, spec=spec_of(causal()))
+    assert dense.lengths() == ((4, 8),) * 2
+    for batch in (1, 7):
+        shape = dataclasses.replace(packed.shape, batch=batch, seqlen_q=100, seqlen_k=100)
+        lengths = Problem(spec=packed.spec, shape=shape).lengths()
+        assert len(lengths) == batch
+        assert lengths[0] == (100, 100)
+        assert all(50 <= sq == sk <= 100 for sq, sk in lengths)
 
 
 def test_nothing_to_do_counts_nothing() -> None:
     for empty in ({"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}):
-        assert Problem(spec=spec_of(causal()), shape=dataclasses.replace(SHAPE, **empty)).flops() == 0
+        for varlen in (False, True):
+            spec = dataclasses.replace(spec_of(causal()), varlen=varlen)
+            problem = Problem(spec=spec, shape=dataclasses.replace(SHAPE, **empty))
+            assert problem.flops() == 0
+            assert problem.min_bytes() >= 0
 
 
-@pytest.mark.parametrize("size", [0, 8, 12, 15, 17, 250, 264, -16])
+@pytest.mark.parametrize("size", [0, 8, 12, 15, 17, 250, 520, -16])
 @pytest.mark.parametrize("name", ["head_dim_qk", "head_dim_v"])
 def test_head_dimensions_outside_the_rule(name: str, size: int) -> None:
-    with pytest.raises(InputError, match=f"{name} must be a multiple of 8 from 16 to 256, got {size}"):
+    with pytest.raises(InputError, match=f"{name} must be a multiple of 8 from 16 to 512, got {size}"):
         dataclasses.replace(spec_of(), **{name: size})
 
 
 def test_head_dimensions_inside_the_rule() -> None:
-    for size in range(16, 257, 8):
-        spec = AttentionSpec(dtype=DType.BF16, head_dim_qk=size, head_dim_v=272 - size)
-        assert (spec.head_dim_qk, spec.head_dim_v) == (size, 272 - size)
+    for size in range(16, 513, 8):
+        spec = AttentionSpec(dtype=DType.BF16, head_dim_qk=size, head_dim_v=528 - size)
+        assert (spec.head_dim_qk, spec.head_dim_v) == (size, 528 - size)
+
+
+def test_fp8_rows_are_whole_16_bytes() -> None:
+    assert AttentionSpec(dtype=DType.FP8, head_dim_qk=48, head_dim_v=16, descale=True).dtype.out is DType.BF16
+    for dims in ((40, 48), (48, 40)):
+        with pytest.raises(InputError, match=f"multiples of 16, got {dims[0]} and {dims[1]}"):
+            AttentionSpec(dtype=DType.FP8, head_dim_qk=dims[0], head_dim_v=dims[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": "float"}, "bias must be one of none, input, fp32, bool, got 'float'"),
+        ({"seqused": "kq"}, "seqused must be '', 'q', 'k' or 'qk', got 'kq'"),
+        ({"descale": True}, "descale factors belong to fp8, got fp16"),
+    ],
+)
+def test_features_that_do_not_exist(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(spec_of(), **change)
 
 
 def test_unknown_phase() -> None:
@@ -67,10 +116,47 @@ def test_head_counts_that_do_not_divide(nheads_q: int, nheads_kv: int) -> None:
         dataclasses.replace(SHAPE, nheads_q=nheads_q, nheads_kv=nheads_kv)
 
 
-def test_tuning_key_drops_lse_and_nothing_else() -> None:
-    spec = spec_of(causal("top_left"), DType.FP32, lse=True)
-    assert spec.tuning_key() == dataclasses.replace(spec, lse=False)
-    assert spec.tuning_key().tuning_key() == spec.tuning_key()
+WINNER_MOVERS: tuple[dict[str, object], ...] = (
+    *(
+        {"dtype": DType.BF16},
+        {"head_dim_qk": 96},
+        {"head_dim_v": 96},
+        {"mask": sliding_window(3, 0)},
+        {"softcap": True},
+    ),
+    *({"alibi": True}, {"dropout": True}, {"varlen": True}, {"bias": "bool"}),
+    {"score_mod": parse_mod("score_mod('return score * 0.5')")},
+)
+
+
+def test_tuning_key_keeps_what_moves_the_winner() -> None:
+    spec = spec_of(causal("top_left"), DType.FP8)
+    keys = [dataclasses.replace(spec, **change).tuning_key() for change in ({}, *WINNER_MOVERS)]
+    assert len(set(keys)) == len(keys)
+    named = {name for change in WINNER_MOVERS for name in change} | {"phase"}
+    dropped = {"lse": True, "sinks": True, "seqused": "qk", "descale": True, "bias_aligned": False}
+    assert named | dropped.keys() == {field.name for field in dataclasses.fields(AttentionSpec)}
+    for name, value in dropped.items():
+        assert dataclasses.replace(spec, **{name: value}).tuning_key() == spec.tuning_key(), name
+    assert all(key.tuning_key() == key for key in keys)
+
+
+def test_a_key_holds_no_tensor_and_keeps_the_numbers() -> None:
+    ids = torch.tensor([0, 0, 1])
+    scores = dataclasses.replace(
+        parse_mod("score_mod('return score + t[q_idx]', t='float32[q_idx]')"), tensors=(torch.zeros(3),)
+    )
+    spec = dataclasses.replace(spec_of(document(ids) & sliding_window(2, 1)), score_mod=scores)
+    for bare in (spec.tuning_key(), spec.without_tensors()):
+        assert bare.mask.tensors == ()
+        assert bare.score_mod is not None
+        assert bare.score_mod.tensors == ()
+        assert bare == spec
+        assert str(bare) == str(spec)
+    assert "sliding_window(2,1)" in str(spec)
+    wider = dataclasses.replace(spec, mask=document(ids) & sliding_window(20, 10))
+    assert wider != spec
+    assert wider.structure() == spec.structure()
 
 
 def test_group() -> None:
