@@ -1,9 +1,11 @@
 """From a spec and a config to readable Triton source; imports neither torch nor triton."""
 
+from flashgen.codegen.arguments import argument_kind
 from flashgen.codegen.config import KernelConfig, TritonForwardConfig, config_from_dict
 from flashgen.codegen.kernel_resources import KernelResources
-from flashgen.codegen.plan import ForwardPlan, argument_kind, block_head_dim, constant_values, make_plan
+from flashgen.codegen.plan import ForwardPlan, constant_values, make_plan
 from flashgen.codegen.render import RenderedKernel, code_digest, is_current, render
+from flashgen.codegen.signature import capture_pointers
 
 __all__ = [
     "ForwardPlan",
@@ -12,7 +14,7 @@ __all__ = [
     "RenderedKernel",
     "TritonForwardConfig",
     "argument_kind",
-    "block_head_dim",
+    "capture_pointers",
     "code_digest",
     "config_from_dict",
     "constant_values",

@@ -10,6 +10,8 @@ from flashgen.errors import ConfigError
 
 Scalar = int | str
 Loads = typing.Literal["pointer", "descriptor"]
+Loops = typing.Literal["split", "single"]
+_CHOICES: dict[str, tuple[str, ...]] = {"loads": typing.get_args(Loads), "loops": typing.get_args(Loops)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -47,6 +49,10 @@ class TritonForwardConfig(KernelConfig):
         loads: `pointer` (any GPU, any strides) or `descriptor` (tensor descriptors: bulk copies on Hopper and later).
         head_group: heads whose tiles are launched together, so that their K and V share the L2 cache; a run-time
             number that costs no compile.
+        head_tiles: how many tiles a head dimension may be cut into: 1 takes the next power of two, 2 composes 96 as
+            64 + 32.
+        loops: `split` walks key tiles that every row sees in a loop without mask code; `single` masks every tile in one
+            loop, which has one pipeline to fill: for windows of few tiles.
     """
 
     template: typing.ClassVar[str] = "triton/forward"
@@ -55,6 +61,8 @@ class TritonForwardConfig(KernelConfig):
     block_n: int
     loads: Loads = "pointer"
     head_group: int = 1
+    head_tiles: int = 1
+    loops: Loops = "split"
 
 
 _CONFIG_TYPES: dict[str, type[KernelConfig]] = {TritonForwardConfig.template: TritonForwardConfig}
@@ -87,9 +95,9 @@ def config_from_dict(values: typing.Mapping[str, object]) -> KernelConfig:
         )
     numbers = {name: value for name, value in values.items() if name != "template"}
     for name, value in numbers.items():
-        if name == "loads":
-            if value not in typing.get_args(Loads):
-                raise ConfigError(f"loads must be one of {', '.join(typing.get_args(Loads))}, got {value!r}")
+        if name in _CHOICES:
+            if value not in _CHOICES[name]:
+                raise ConfigError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
         elif not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ConfigError(f"{name} must be a whole number of at least 0, got {value!r}")
     make: typing.Callable[..., KernelConfig] = config_type

@@ -10,13 +10,15 @@ from __future__ import annotations
 import typing
 
 from flashgen.codegen.config import KernelConfig, TritonForwardConfig
-from flashgen.codegen.plan import block_head_dim
+from flashgen.codegen.head_tiles import head_tiles
+from flashgen.codegen.plan import single_loop_differs
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec, DType
 from flashgen.target import GpuTarget
 
 Constraint = typing.Callable[[TritonForwardConfig, AttentionSpec, GpuTarget], "str | None"]
 
+_MAX_COLUMNS_PER_WARP = 256  # of the output, with its 16 rows in registers beside the scores
 _ROWS_PER_WARP = 16  # rows of the smallest matrix-unit tile, NVIDIA's mma and AMD's mfma alike
 _MAX_THREADS = 1024  # of one program
 _MAX_DESCRIPTOR_BOX = 256  # elements along one axis of a bulk copy
@@ -50,9 +52,10 @@ def launch_within_limits(config: TritonForwardConfig, spec: AttentionSpec, targe
 def warps_fit_tile(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """Every warp owns 16 query rows of its own, so that a row's softmax never crosses warps.
 
-    Not so for fp32, whose products run on the plain cores: there many warps are what keeps a tile in registers.
+    Not so for fp32, whose products run on the plain cores: there many warps are what keeps a tile in registers. Heads
+    of more than 256 columns need two warps for the output of 16 rows.
     """
-    rows = _ROWS_PER_WARP * config.num_warps
+    rows = _ROWS_PER_WARP * config.num_warps // (2 if spec.head_dim_v > _MAX_COLUMNS_PER_WARP else 1)
     if config.block_m < rows and spec.dtype is not DType.FP32:
         return f"block_m={config.block_m} gives {config.num_warps} warps fewer than {_ROWS_PER_WARP} rows each"
     return None
@@ -74,11 +77,12 @@ def shared_memory_lower_bound(config: TritonForwardConfig, spec: AttentionSpec, 
     moved its tile to registers: one stage less, and Q need not stay.
     """
     itemsize = spec.dtype.itemsize
-    k_tile = config.block_n * block_head_dim(spec.head_dim_qk) * itemsize
-    v_tile = config.block_n * block_head_dim(spec.head_dim_v) * itemsize
+    width_qk, width_v = (sum(head_tiles(dims, config.head_tiles)) for dims in (spec.head_dim_qk, spec.head_dim_v))
+    k_tile = config.block_n * width_qk * itemsize
+    v_tile = config.block_n * width_v * itemsize
     if not _product_is_async(config, spec, target):
         return (config.num_stages - 1) * (k_tile + v_tile)
-    q_tile = config.block_m * block_head_dim(spec.head_dim_qk) * itemsize
+    q_tile = config.block_m * width_qk * itemsize
     return q_tile + (max(k_tile, v_tile) if config.num_stages == 1 else config.num_stages * (k_tile + v_tile))
 
 
@@ -95,7 +99,7 @@ def _has_tensor_memory(target: GpuTarget) -> bool:
 def accumulator_fits_registers(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """The float32 scores and output of a tile fit the registers of its threads."""
     threads = max(config.num_warps, 1) * target.warp_size
-    dims = block_head_dim(spec.head_dim_v)
+    dims = sum(head_tiles(spec.head_dim_v, config.head_tiles))
     # Tensor memory holds both; registers see one at a time, for the softmax or the rescale.
     in_tensor_memory = _has_tensor_memory(target) and _product_is_async(config, spec, target)
     columns = max(dims, config.block_n) if in_tensor_memory else dims + config.block_n
@@ -121,7 +125,8 @@ def descriptor_alignment(config: TritonForwardConfig, spec: AttentionSpec, targe
     for name, dims in (("head_dim_qk", spec.head_dim_qk), ("head_dim_v", spec.head_dim_v)):
         if dims * spec.dtype.itemsize % 16:
             return f"rows of {name}={dims} {spec.dtype} are not a multiple of 16 bytes, as loads=descriptor needs"
-    box = max(config.block_m, config.block_n, block_head_dim(spec.head_dim_qk), block_head_dim(spec.head_dim_v))
+    widths = [head_tiles(dims, config.head_tiles)[0] for dims in (spec.head_dim_qk, spec.head_dim_v)]
+    box = max(config.block_m, config.block_n, *widths)
     if box > _MAX_DESCRIPTOR_BOX:
         return f"a tile side of {box} is more than the {_MAX_DESCRIPTOR_BOX} that loads=descriptor moves at once"
     return None
@@ -144,6 +149,23 @@ def maxnreg_legal(config: TritonForwardConfig, spec: AttentionSpec, target: GpuT
     return None
 
 
+def head_tiles_matter(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """A head dimension is cut into two tiles only where that is narrower than one."""
+    if config.head_tiles not in (1, 2):
+        return f"head_tiles={config.head_tiles} is neither 1 nor 2"
+    cut = any(len(head_tiles(dims, 2)) == 2 for dims in (spec.head_dim_qk, spec.head_dim_v))
+    if config.head_tiles == 2 and not cut:
+        return f"head dimensions {spec.head_dim_qk} and {spec.head_dim_v} are no narrower as two tiles"
+    return None
+
+
+def single_loop_matters(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """One loop instead of three is another kernel only where a tile's keys have two edges."""
+    if config.loops == "single" and not single_loop_differs(spec):
+        return f"loops=single is the same kernel as split, or no better, under the mask {spec.mask}"
+    return None
+
+
 def fp32_tile_limited(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """Tiles of float32 stay small: beyond 128x64 scores they compile for minutes and spill."""
     tile = config.block_m * config.block_n
@@ -159,6 +181,8 @@ CONSTRAINTS: dict[str, Constraint] = {
         launch_within_limits,
         warps_fit_tile,
         fp32_tile_limited,
+        head_tiles_matter,
+        single_loop_matters,
         descriptor_needs_tma,
         descriptor_alignment,
         maxnreg_legal,

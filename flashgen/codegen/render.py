@@ -33,12 +33,12 @@ class RenderedKernel:
 
 
 def render(spec: AttentionSpec, config: KernelConfig) -> RenderedKernel:
-    """Return the module for a spec and the structure of a config; its numbers do not change the source.
+    """Return the module for a spec and the structure of a config; numbers of neither change the source.
 
     Raises:
         ConfigError: if no template has the config's name.
     """
-    return _render(spec, make_plan(spec, config))
+    return _render(make_plan(spec, config))
 
 
 def is_current(spec: AttentionSpec, config: KernelConfig, digest: str) -> bool:
@@ -47,9 +47,9 @@ def is_current(spec: AttentionSpec, config: KernelConfig, digest: str) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _render(spec: AttentionSpec, plan: ForwardPlan) -> RenderedKernel:
+def _render(plan: ForwardPlan) -> RenderedKernel:
     template = _environment().get_template(f"{plan.template}.py.jinja")
-    source = template.render(spec=spec, plan=plan)
+    source = template.render(spec=plan.spec, plan=plan)
     return RenderedKernel(source=source, entry_point=plan.entry_point, digest=code_digest(source), plan=plan)
 
 

@@ -7,6 +7,7 @@ from flashgen.compile.compiler import (
     CompiledKernel,
     compile_kernel,
     descriptor_block,
+    descriptor_operand,
 )
 from flashgen.compile.job import CompileReport, compile_job
 from flashgen.compile.modules import load_kernel, source_path
@@ -21,6 +22,7 @@ __all__ = [
     "compile_kernel",
     "cubin_resources",
     "descriptor_block",
+    "descriptor_operand",
     "load_kernel",
     "source_path",
 ]

@@ -12,8 +12,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-from flashgen.codegen import KernelConfig, KernelResources, RenderedKernel, argument_kind, constant_values
-from flashgen.codegen.plan import block_head_dim
+from flashgen.codegen import (
+    ForwardPlan,
+    KernelConfig,
+    KernelResources,
+    RenderedKernel,
+    argument_kind,
+    constant_values,
+)
+from flashgen.codegen.arguments import element_type, scalar_type
 from flashgen.compile.binary import amdgcn_resources, cubin_resources
 from flashgen.compile.modules import load_kernel
 from flashgen.errors import CompileError
@@ -56,7 +63,7 @@ def compile_kernel(
     kernel = load_kernel(rendered)
     constants = constant_values(spec, config)
     plan = rendered.plan
-    signature = {name: _argument_type(name, spec, config) for name in plan.arguments}
+    signature = {name: _argument_type(name, plan, spec, config) for name in plan.arguments}
     signature |= dict.fromkeys(plan.constants, "constexpr")
     options: dict[str, object] = {
         "num_warps": config.num_warps,
@@ -66,7 +73,7 @@ def compile_kernel(
     }
     if config.maxnreg:
         options["maxnreg"] = config.maxnreg
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(plan.arguments))
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(plan, spec))
     arch: int | str = target.arch if target.backend == "hip" else target.capability
     try:
         # Where the assembler refuses a kernel, Triton prints all of it.
@@ -88,29 +95,44 @@ def _resources(handle: typing.Any, target: GpuTarget) -> KernelResources:
     return cubin_resources(handle.asm["cubin"], handle.metadata.shared)
 
 
-def _argument_type(name: str, spec: AttentionSpec, config: KernelConfig) -> str:
+def _argument_type(name: str, plan: ForwardPlan, spec: AttentionSpec, config: KernelConfig) -> str:
     kind = argument_kind(name)
-    element = spec.dtype.value
+    element = element_type(spec.dtype)
     if kind == "pointer":
-        return "*fp32" if name == "lse_ptr" else f"*{element}"
+        return f"*{dict(plan.pointer_types).get(name, element)}"
     if kind == "descriptor":
+        if name.startswith("out"):
+            element = element_type(spec.dtype.out)
         return f"tensordesc<{element}{list(descriptor_block(name, spec, config))}>"
-    return {"stride": "i64", "float": "fp32", "int": "i32"}[kind]
+    return scalar_type(kind)
 
 
 def descriptor_block(name: str, spec: AttentionSpec, config: KernelConfig) -> tuple[int, int, int, int]:
     """Return the tile that the descriptor argument `name` moves, over [batch, heads, seqlen, head_dim]."""
     numbers = constant_values(spec, config)
-    rows = numbers["BLOCK_M"] if name in ("q_desc", "out_desc") else numbers["BLOCK_N"]
-    head_dim = spec.head_dim_qk if name in ("q_desc", "k_desc") else spec.head_dim_v
-    return (1, 1, rows, block_head_dim(head_dim))
+    operand, suffix = descriptor_operand(name)
+    rows = numbers["BLOCK_M"] if operand in ("q", "out") else numbers["BLOCK_N"]
+    width = numbers[f"BLOCK_D{'QK' if operand in ('q', 'k') else 'V'}{suffix}"]
+    return (1, 1, rows, width)
 
 
-def _alignment(arguments: tuple[str, ...]) -> dict[tuple[int], list[list[object]]]:
+def descriptor_operand(name: str) -> tuple[str, str]:
+    """Return the tensor behind the descriptor argument `name`, and the suffix of its tile of the head dimension."""
+    operand = name.removesuffix("_desc")
+    return operand.removesuffix("_1"), "_1" if operand.endswith("_1") else ""
+
+
+_DENSE_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
+
+
+def _alignment(plan: ForwardPlan, spec: AttentionSpec) -> dict[tuple[int], list[list[object]]]:
     # Head dimensions are multiples of 8, so strides of dense tensors are too: enough for 16-byte vectors of fp16.
-    divisor = {"pointer": POINTER_ALIGNMENT_BYTES, "stride": STRIDE_ALIGNMENT}
-    return {
-        (index,): [["tt.divisibility", divisor[kind]]]
-        for index, name in enumerate(arguments)
-        if (kind := argument_kind(name)) in divisor
-    }
+    # Other tensors are small and may start anywhere; of a bias, the spec knows.
+    bias = ("bias_ptr", "step_bz", "step_bh", "step_bm") if spec.bias != "none" and spec.bias_aligned else ()
+    divisors: dict[tuple[int], list[list[object]]] = {}
+    for index, name in enumerate(plan.arguments):
+        if name in _DENSE_POINTERS or (name == "bias_ptr" and bias):
+            divisors[(index,)] = [["tt.divisibility", POINTER_ALIGNMENT_BYTES]]
+        elif argument_kind(name) == "stride" or name in bias:
+            divisors[(index,)] = [["tt.divisibility", STRIDE_ALIGNMENT]]
+    return divisors

@@ -33,10 +33,14 @@ def source_path(rendered: RenderedKernel) -> Path:
     return path
 
 
+def load_kernel(rendered: RenderedKernel, name: str | None = None) -> typing.Any:
+    """Return a `@triton.jit` function of a rendered module, its entry point unless named; imported from the cache."""
+    return getattr(_load_module(rendered), name or rendered.entry_point)
+
+
 @functools.lru_cache(maxsize=256)
-def load_kernel(rendered: RenderedKernel) -> typing.Any:
-    """Return the `@triton.jit` function of a rendered module, imported from its file in the cache."""
-    return getattr(_import_file(source_path(rendered)), rendered.entry_point)
+def _load_module(rendered: RenderedKernel) -> types.ModuleType:
+    return _import_file(source_path(rendered))
 
 
 def _import_file(path: Path) -> types.ModuleType:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from flashgen.codegen import KernelConfig, TritonForwardConfig
 from flashgen.codegen.config import Loads
-from flashgen.spec import DType, Problem
+from flashgen.codegen.head_tiles import head_tiles
+from flashgen.spec import AttentionSpec, DType, Problem
 from flashgen.target import GpuTarget
 
 
 def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, ...]:
     """Return configs to try in order, the most promising first; some may break a constraint of the target."""
-    head_dim = max(problem.spec.head_dim_qk, problem.spec.head_dim_v)
-    if problem.spec.dtype is DType.FP32:
+    spec = problem.spec
+    head_dim = max(spec.head_dim_qk, spec.head_dim_v)
+    if spec.dtype is DType.FP32:
         # IEEE products run on the plain cores: small tiles of many warps keep the operands in registers.
         return (_config(64 if head_dim <= 64 else 32, 32, 8, 1), *safe_configs())
+    if head_dim > 256:
+        wide = _config(64, 32, 8, 1)
+        return (dataclasses.replace(wide, head_tiles=2), wide, *safe_configs())
     if target.has_wgmma:
-        first = _hopper(head_dim)
+        first = _hopper(spec, head_dim)
     elif target.backend == "hip":
         first = (_config(128, 64, 4, 1), _config(64, 64, 4, 1))
     elif target.has_tma:
@@ -24,16 +31,22 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
         first = (_config(128, 64, 4 if head_dim <= 64 else 8, 3), _config(128, 32, 4, 3), _config(64, 32, 4, 2))
     if problem.shape.seqlen_q <= 64:
         first = (_config(64, 64, 4, 3, "descriptor" if target.has_tma else "pointer"), *first)
-    pointers = tuple(_config(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in first if c.loads != "pointer")
+    if any(len(head_tiles(dims, 2)) == 2 for dims in (spec.head_dim_qk, spec.head_dim_v)):
+        first = (*(dataclasses.replace(config, head_tiles=2) for config in first), *first)
+    pointers = tuple(dataclasses.replace(config, loads="pointer") for config in first if config.loads != "pointer")
     return (*first, *pointers, *safe_configs())
 
 
 def safe_configs() -> tuple[KernelConfig, ...]:
     """Return small configs that fit every GPU and every stride, for a last resort."""
-    return (_config(64, 32, 4, 1), _config(32, 32, 2, 1), _config(16, 16, 1, 1))
+    wide = (_config(64, 32, 8, 1), _config(32, 32, 4, 1), _config(16, 16, 2, 1))
+    return (_config(64, 32, 4, 1), _config(32, 32, 2, 1), _config(16, 16, 1, 1), *wide)
 
 
-def _hopper(head_dim: int) -> tuple[TritonForwardConfig, ...]:
+def _hopper(spec: AttentionSpec, head_dim: int) -> tuple[TritonForwardConfig, ...]:
+    if spec.dtype is DType.TF32 or spec.bias != "none" or spec.dropout or spec.score_mod is not None:
+        # Wider elements, and what comes to the scores, take shared memory and registers of their own.
+        return (_config(64, 64, 4, 2, "descriptor"), _config(64, 32, 4, 2, "descriptor"))
     # Two programs on a multiprocessor hide each other's softmax; at 256 columns only one fits.
     if head_dim <= 64:
         return (_config(64, 128, 4, 2, "descriptor"), _config(128, 64, 4, 2, "descriptor"))

@@ -3,14 +3,15 @@
 from flashgen.launch.device import detect_target, software_versions
 from flashgen.launch.forward import (
     ForwardLaunch,
-    Operands,
     allocate_outputs,
     bind_forward,
     grid_size,
     launch,
-    readable,
+    side_tensors,
 )
 from flashgen.launch.interpreter import fill_unseen, interpret_forward
+from flashgen.launch.operands import Operands, readable
+from flashgen.launch.tile_table import tile_table
 
 __all__ = [
     "ForwardLaunch",
@@ -23,5 +24,7 @@ __all__ = [
     "interpret_forward",
     "launch",
     "readable",
+    "side_tensors",
     "software_versions",
+    "tile_table",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import typing
 
@@ -10,77 +9,34 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flashgen.codegen import KernelConfig, TritonForwardConfig, argument_kind, constant_values, render
-from flashgen.codegen.plan import ForwardPlan
-from flashgen.compile import STRIDE_ALIGNMENT, CompiledKernel, descriptor_block
+from flashgen.codegen import (
+    ForwardPlan,
+    KernelConfig,
+    TritonForwardConfig,
+    argument_kind,
+    capture_pointers,
+    constant_values,
+    render,
+)
+from flashgen.codegen.mask_plan import mask_numbers
+from flashgen.compile import CompiledKernel, descriptor_block, descriptor_operand
 from flashgen.errors import ConfigError, InputError
-from flashgen.spec import AttentionSpec, Problem, Shape
+from flashgen.launch.operands import NAMES, Operands, as_read
+from flashgen.launch.tile_table import TileTable, tile_table
+from flashgen.spec import AttentionSpec, Extras, Problem, Shape
 
 _TENSOR_SLOTS = {"q": 0, "k": 1, "v": 2, "out": 3, "lse": 4}
 _INT32_MAX = 2**31 - 1
+_LOG2E = math.log2(math.e)
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Operands:
-    """Strides of Q, K, V and out, each seen as [batch, heads, seqlen, head_dim], in elements."""
-
-    q: tuple[int, ...]
-    k: tuple[int, ...]
-    v: tuple[int, ...]
-    out: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensors: typing.Mapping[str, torch.Tensor], problem: Problem) -> Operands:
-        """Return the normalised strides of the tensors q, k, v and out."""
-        strides = {name: tensors[name].stride() for name in ("q", "k", "v", "out")}
-        return cls(**strides).normalised(problem)
-
-    def sizes(self, problem: Problem, name: str) -> tuple[int, int, int, int]:
-        """Return [batch, heads, seqlen, head_dim] of one operand."""
-        shape, spec = problem.shape, problem.spec
-        heads = shape.nheads_q if name in ("q", "out") else shape.nheads_kv
-        seqlen = shape.seqlen_q if name in ("q", "out") else shape.seqlen_k
-        head_dim = spec.head_dim_qk if name in ("q", "k") else spec.head_dim_v
-        return (shape.batch, heads, seqlen, head_dim)
-
-    def normalised(self, problem: Problem) -> Operands:
-        """Return the strides with those of dimensions of size 1, which are never walked, made harmless."""
-        return Operands(
-            **{
-                name: tuple(
-                    stride if size != 1 or axis == 3 else self.sizes(problem, name)[3]
-                    for axis, (size, stride) in enumerate(
-                        zip(self.sizes(problem, name), getattr(self, name), strict=True)
-                    )
-                )
-                for name in ("q", "k", "v", "out")
-            }
-        )
-
-    def refusal(self, config: KernelConfig, itemsize: int) -> str | None:
-        """Return why a config cannot read these strides, or None."""
-        if not isinstance(config, TritonForwardConfig) or config.loads != "descriptor":
-            return None
-        for name in ("q", "k", "v", "out"):
-            strides = getattr(self, name)
-            if any(stride <= 0 or stride * itemsize % 16 for stride in strides[:3]):
-                return f"descriptor loads need positive strides of whole 16 bytes, {name} has {list(strides)}"
-        return None
-
-
-def readable(tensor: torch.Tensor) -> bool:
-    """Return whether kernels can read a tensor's strides in place: 1 for the last, multiples of 8 for the others."""
-    strides = tensor.stride()
-    return strides[-1] == 1 and all(
-        stride % STRIDE_ALIGNMENT == 0 for stride, size in zip(strides, tensor.shape[:-1], strict=False) if size != 1
-    )
+Side = tuple[torch.Tensor, ...]
 
 
 class ForwardLaunch:
-    """A compiled forward kernel bound to sizes, strides and scale; call it with tensors of exactly those.
+    """A compiled forward kernel bound to sizes, strides and numbers; call it with tensors of exactly those.
 
-    Args (of a call): q, k, v, out, and lse (None unless the spec has it), any of them views with the bound strides.
-    Nothing is checked then: the caller has.
+    Args (of a call): q, k, v, out, lse (None unless the spec has it), any of them with the bound strides, and the other
+    tensors of the call as `side_tensors` gives them. Nothing is checked then: the caller has.
     """
 
     def __init__(
@@ -91,21 +47,22 @@ class ForwardLaunch:
         problem: Problem,
         config: KernelConfig,
         operands: Operands,
-        softmax_scale: float,
+        extras: Extras,
     ) -> None:
-        values = launch_values(problem, config, operands, softmax_scale)
+        values = launch_values(problem, config, operands, extras)
         self._grid = grid_size(problem.shape, config)
         self._handle = compiled.handle
         self._pointers: list[tuple[int, int]] = []
         self._descriptors: list[tuple[int, int, dict[str, object]]] = []
         self._arguments: list[object] = []
+        slots = _TENSOR_SLOTS | {name: 5 + index for index, name in enumerate(side_names(plan))}
         for index, name in enumerate(plan.arguments):
             kind = argument_kind(name)
             if kind == "pointer":
-                self._pointers.append((index, _TENSOR_SLOTS[name.removesuffix("_ptr")]))
+                self._pointers.append((index, slots[name.removesuffix("_ptr")]))
             elif kind == "descriptor":
-                fields = descriptor_fields(name, problem, config, operands)
-                self._descriptors.append((index, _TENSOR_SLOTS[name.removesuffix("_desc")], fields))
+                fields = descriptor_fields(name, problem.spec, config, operands)
+                self._descriptors.append((index, slots[descriptor_operand(name)[0]], fields))
             self._arguments.append(values.get(name))
         self._arguments.extend(compiled.constants)
 
@@ -155,35 +112,90 @@ def grid_size(shape: Shape, config: KernelConfig) -> int:
     return grid
 
 
-def launch_values(
-    problem: Problem, config: KernelConfig, operands: Operands, softmax_scale: float
-) -> dict[str, int | float]:
+def launch_values(problem: Problem, config: KernelConfig, operands: Operands, extras: Extras) -> dict[str, int | float]:
     """Return the value of every scalar argument by its name in the kernel."""
-    shape = problem.shape
+    spec, shape = problem.spec, problem.shape
     values: dict[str, int | float] = {
-        # Scores are kept in base 2: exp2 is what the hardware has.
-        "qk_scale": softmax_scale * math.log2(math.e),
+        **_score_factors(spec, extras),
         "num_heads_total": shape.batch * shape.nheads_q,
         "nheads_q": shape.nheads_q,
         "group": shape.group,
         "SEQLEN_Q": shape.seqlen_q,
         "SEQLEN_K": shape.seqlen_k,
+        "max_seqlen_q": shape.seqlen_q,
         "head_group": getattr(config, "head_group", 1),
+        "step_lh": operands.q.size[2],
+        **mask_numbers(spec.mask),
     }
-    for name, rows in (("q", "m"), ("k", "n"), ("v", "n"), ("out", "m")):
-        for axis, stride in zip(("z", "h", rows), getattr(operands, name), strict=False):
+    for name, rows in zip(NAMES, "mnnm", strict=True):
+        for axis, stride in zip(("z", "h", rows), getattr(operands, name).stride, strict=False):
             values[f"stride_{name[0]}{axis}"] = stride
+    if extras.bias is not None:
+        for axis, size, step in zip("zhmn", extras.bias.shape, extras.bias.stride(), strict=True):
+            values[f"step_b{axis}"] = step if size > 1 else 0
+    if extras.alibi_slopes is not None:
+        values["step_alibi_z"] = extras.alibi_slopes.stride(0) if extras.alibi_slopes.dim() == 2 else 0
+    if spec.dropout:
+        values["dropout_threshold"] = min(int(extras.dropout_p * 2**32), 2**32 - 1)
+        values["dropout_scale"] = 1.0 / (1.0 - extras.dropout_p)
+    for pointer, capture in zip(capture_pointers(spec), extras.captures, strict=True):
+        for dim, size in enumerate(capture.shape):
+            values[f"{pointer.removesuffix('_ptr')}_size{dim}"] = size
     return values
 
 
-def descriptor_fields(name: str, problem: Problem, config: KernelConfig, operands: Operands) -> dict[str, object]:
+def _score_factors(spec: AttentionSpec, extras: Extras) -> dict[str, float]:
+    """Return what scores are multiplied by; they end in base 2, for exp2 is what the hardware has."""
+    natural = spec.score_mod is not None
+    base = 1.0 if natural else _LOG2E
+    if not spec.softcap:
+        return {"qk_scale": extras.softmax_scale * base}
+    # tanh(x) = 1 - 2 / (1 + exp(2 x)), so a capped score takes one exp2 and one division.
+    return {
+        "qk_scale": extras.softmax_scale * 2.0 * _LOG2E / extras.softcap,
+        "softcap": extras.softcap * base,
+    }
+
+
+def side_names(plan: ForwardPlan) -> tuple[str, ...]:
+    """Return the names of the tensors besides Q, K, V, out and lse, in the order of the kernel's arguments."""
+    names = (name.removesuffix("_ptr") for name in plan.arguments if argument_kind(name) == "pointer")
+    return tuple(name for name in names if name not in _TENSOR_SLOTS)
+
+
+def side_tensors(plan: ForwardPlan, extras: Extras, table: TileTable | None) -> Side:
+    """Return the tensors of a call besides Q, K, V, out and lse, in the order of `side_names`."""
+    names = side_names(plan)
+    if not names:
+        return ()
+    found: dict[str, torch.Tensor | None] = {
+        "bias": extras.bias,
+        "alibi": extras.alibi_slopes,
+        "sinks": extras.sinks,
+        "rng": extras.rng_state,
+        **{name: getattr(extras, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")},
+        **{name: getattr(extras, name) for name in ("q_descale", "k_descale", "v_descale")},
+    }
+    if table is not None:
+        found |= {"tile_start": table.start, "tile_full": table.full, "tile_index": table.index}
+    captures = (name.removesuffix("_ptr") for name in capture_pointers(plan.spec))
+    found |= dict(zip(captures, map(as_read, extras.captures), strict=True))
+    missing = [name for name in names if found.get(name) is None]
+    if missing:
+        raise InputError(f"the call needs tensors that were not given: {', '.join(missing)}")
+    return tuple(typing.cast(torch.Tensor, found[name]) for name in names)
+
+
+def descriptor_fields(name: str, spec: AttentionSpec, config: KernelConfig, operands: Operands) -> dict[str, object]:
     """Return the fields of the `TensorDescriptor` argument `name`, all but its base tensor."""
-    operand = name.removesuffix("_desc")
+    operand = descriptor_operand(name)[0]
+    layout = getattr(operands, operand)
+    dtype = spec.dtype.out if operand == "out" else spec.dtype
     prototype = TensorDescriptor(
-        torch.empty(0, dtype=getattr(torch, problem.spec.dtype.torch_name)),
-        list(operands.sizes(problem, operand)),
-        list(getattr(operands, operand)),
-        list(descriptor_block(name, problem.spec, config)),
+        torch.empty(0, dtype=getattr(torch, dtype.torch_name)),
+        list(layout.size),
+        list(layout.stride),
+        list(descriptor_block(name, spec, config)),
     )
     return dict(prototype.__dict__)
 
@@ -192,49 +204,53 @@ def bind_forward(
     problem: Problem,
     config: KernelConfig,
     compiled: CompiledKernel,
-    softmax_scale: float,
+    extras: Extras,
     tensors: typing.Mapping[str, torch.Tensor],
 ) -> typing.Callable[[], None]:
     """Return a call without arguments that launches a compiled kernel on fixed tensors: what a benchmark times.
 
     Args:
-        tensors: q, k, v, out as [batch, heads, seqlen, head_dim] views, and lse where the spec has it.
+        tensors: q, k, v, out as [batch, heads, seqlen, head_dim] views or packed [tokens, heads, head_dim], and lse
+            where the spec has it.
     """
-    operands = Operands.of(tensors, problem)
+    plan = render(problem.spec, config).plan
     bound = ForwardLaunch(
-        plan=render(problem.spec, config).plan,
+        plan=plan,
         compiled=compiled,
         problem=problem,
         config=config,
-        operands=operands,
-        softmax_scale=softmax_scale,
+        operands=Operands.of(tensors),
+        extras=extras,
     )
+    side = side_tensors(plan, extras, tile_table(problem, config, extras, tensors["q"].device))
     q, k, v, out, lse = (tensors.get(name) for name in _TENSOR_SLOTS)
-    return lambda: bound(q, k, v, out, lse)
+    return lambda: bound(q, k, v, out, lse, *side)
 
 
 def kernel_arguments(
     plan: ForwardPlan,
     problem: Problem,
     config: KernelConfig,
-    softmax_scale: float,
+    extras: Extras,
     tensors: typing.Mapping[str, torch.Tensor],
 ) -> dict[str, object]:
     """Return every argument of the kernel by name, as a call of the `@triton.jit` function takes them.
 
     Args:
-        tensors: q, k, v, out as [batch, heads, seqlen, head_dim] views, and lse where the spec has it.
+        tensors: as for `bind_forward`.
     """
-    operands = Operands.of(tensors, problem)
-    values: dict[str, object] = dict(launch_values(problem, config, operands, softmax_scale))
+    operands = Operands.of(tensors)
+    table = tile_table(problem, config, extras, tensors["q"].device)
+    given = {**tensors, **dict(zip(side_names(plan), side_tensors(plan, extras, table), strict=True))}
+    values: dict[str, object] = dict(launch_values(problem, config, operands, extras))
     arguments: dict[str, object] = {}
     for name in plan.arguments:
         kind = argument_kind(name)
         if kind == "pointer":
-            arguments[name] = tensors[name.removesuffix("_ptr")]
+            arguments[name] = given[name.removesuffix("_ptr")]
         elif kind == "descriptor":
-            fields = descriptor_fields(name, problem, config, operands)
-            fields["base"] = tensors[name.removesuffix("_desc")]
+            fields = descriptor_fields(name, problem.spec, config, operands)
+            fields["base"] = tensors[descriptor_operand(name)[0]]
             arguments[name] = TensorDescriptor(**typing.cast("dict[str, typing.Any]", fields))
         else:
             arguments[name] = values[name]
@@ -242,6 +258,10 @@ def kernel_arguments(
 
 
 def allocate_outputs(q: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return empty out [batch, nheads_q, seqlen_q, head_dim_v] and, where the spec has it, float32 lse."""
-    out = q.new_empty((*q.shape[:3], spec.head_dim_v))
-    return out, (q.new_empty(q.shape[:3], dtype=torch.float32) if spec.lse else None)
+    """Return empty out, like q with head_dim_v columns, and, where the spec has it, float32 lse.
+
+    lse is [batch, nheads_q, seqlen_q], or [nheads_q, tokens] of packed sequences.
+    """
+    out = q.new_empty((*q.shape[:-1], spec.head_dim_v), dtype=getattr(torch, spec.dtype.out.torch_name))
+    rows = (q.shape[1], q.shape[0]) if spec.varlen else q.shape[:3]
+    return out, (q.new_empty(rows, dtype=torch.float32) if spec.lse else None)
