@@ -4,20 +4,23 @@ The peers to measure beside are in `flashgen.measure.peers`.
 """
 
 from flashgen.measure.accuracy import LSE_TINY, TINY, AccuracyReport, Oracle, accuracy_error
+from flashgen.measure.arithmetic import Precision
 from flashgen.measure.benchmark import Clock, CudaClock, HostClock, benchmark, host_time_us, quick_time
 from flashgen.measure.cases import (
     API_LENGTHS,
     POISON,
-    HeadSample,
     Layout,
     awkward_shapes,
     poisoned_empty,
+    poisoned_outputs,
     random_inputs,
     sampled_heads,
-    take_heads,
 )
+from flashgen.measure.extras import random_extras
 from flashgen.measure.outcome import Measurement, Outcome, Rejected, Stage, Timing
-from flashgen.measure.reference import Precision, attention_reference
+from flashgen.measure.pairs import count_visible
+from flashgen.measure.philox import dropout_keep
+from flashgen.measure.reference import attention_reference
 from flashgen.measure.roofline import Floor, Prediction, floor_us, predict_us, tbps, tflops
 
 __all__ = [
@@ -29,7 +32,6 @@ __all__ = [
     "Clock",
     "CudaClock",
     "Floor",
-    "HeadSample",
     "HostClock",
     "Layout",
     "Measurement",
@@ -44,14 +46,17 @@ __all__ = [
     "attention_reference",
     "awkward_shapes",
     "benchmark",
+    "count_visible",
+    "dropout_keep",
     "floor_us",
     "host_time_us",
     "poisoned_empty",
+    "poisoned_outputs",
     "predict_us",
     "quick_time",
+    "random_extras",
     "random_inputs",
     "sampled_heads",
-    "take_heads",
     "tbps",
     "tflops",
 ]

@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from flashgen.errors import InputError
-from flashgen.measure.reference import attention_reference
-from flashgen.spec import Mask
+from flashgen.measure.arithmetic import torch_dtype
+from flashgen.measure.entries import pick_heads
+from flashgen.measure.reference import attention_reference, entries_of
+from flashgen.spec import AttentionSpec, DType, Extras
 
-TINY: Mapping[torch.dtype, float] = {
-    torch.float16: 2.0**-10,
-    torch.bfloat16: 2.0**-7,
+TINY: Mapping[DType, float] = {
+    DType.FP16: 2.0**-10,
+    DType.BF16: 2.0**-7,
     # 16 ulp: beside an exact product there is a hardware exp2 (2 ulp) and another order of the sums.
-    torch.float32: 2.0**-19,
+    DType.FP32: 2.0**-19,
+    # The matrix unit cuts what plain PyTorch rounds (seen on an H200): up to one ulp of 10 bits off each of the four
+    # operands of the two products, always towards 0, so that it does not average out as rounding does.
+    DType.TF32: 2.0**-8,
+    # One ulp of bfloat16, the type of out. Nothing for the 4 bits of e4m3 probabilities: plain PyTorch rounds the same
+    # ones, relative to the largest of the row as a kernel does, and the factor of 4 leaves room for another maximum.
+    DType.FP8: 2.0**-7,
 }
 """Slack of the rule, relative to the largest reference value: one ulp of a 16-bit output. Without it a kernel could not
 pass where plain PyTorch happens to be exact (one key)."""
 
-LSE_TINY = 1e-5
+LSE_TINY: Mapping[DType, float] = {
+    **dict.fromkeys((DType.FP16, DType.BF16, DType.FP32), 1e-5),
+    DType.TF32: 2.0**-9,
+    # Plain PyTorch adds products of e4m3 up exactly, the matrix unit of Hopper with 13 bits of fraction: scores of
+    # standard deviation 1 and head_dim_qk 256 are off by up to 3e-3 on an H200.
+    DType.FP8: 2.0**-9,
+}
 """Slack for lse, which is float32 at every dtype: absolute up to |lse| = 1, relative beyond."""
 
 MAX_FACTOR = 2.0
-RMS_FACTOR = 1.5
+SOFTCAP_FACTOR = 3.0
+FP8_FACTOR = 4.0
+# What a mean of squares may be, of what the largest error may be: 1.5 beside 2.
+RMS_SHARE = 0.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,86 +68,144 @@ class Oracle:
     """The right answer for one set of inputs, computed once, against which any number of outputs is judged.
 
     The rule is FlashAttention's, max|out - ref| <= 2 * max|pt - ref| + tiny, where `ref` is float64 and `pt` plain
-    PyTorch at the inputs' precision. A mean of squares beside it catches what hides below a largest error, such as a
-    wrong factor: rms(out - ref) <= 1.5 * rms(pt - ref), or one `TINY` everywhere. A correct kernel rounds less than
-    `pt` does (its scores stay in float32), so both leave it room. NaN never passes, which also finds elements that
-    were never written to a poisoned output; -inf in lse must match exactly.
+    PyTorch at the inputs' precision; 3 times with a softcap, 4 times for fp8. A mean of squares beside it catches what
+    hides below a largest error, such as a wrong factor: rms(out - ref) <= 1.5 * rms(pt - ref) (2.25, 3), or one `TINY`
+    everywhere. A correct kernel rounds less than `pt` does (its scores stay in float32), so both leave it room. NaN
+    never passes, which also finds elements never written to a poisoned output; -inf in lse must match exactly.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, softmax_scale: float) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        spec: AttentionSpec,
+        extras: Extras,
+        heads: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         """Compute both references.
 
         Args:
-            q: [batch, nheads_q, seqlen_q, head_dim_qk], float16, bfloat16 or float32.
-            k: [batch, nheads_kv, seqlen_k, head_dim_qk].
-            v: [batch, nheads_kv, seqlen_k, head_dim_v].
-            mask: which keys a row sees.
-            softmax_scale: factor of the scores.
+            q: [batch, nheads_q, seqlen_q, head_dim_qk], or packed [tokens_q, nheads_q, head_dim_qk]; of the spec's
+                dtype.
+            k: [batch, nheads_kv, seqlen_k, head_dim_qk] or [tokens_k, nheads_kv, head_dim_qk].
+            v: likewise, with head_dim_v.
+            spec: what is computed.
+            extras: its numbers and tensors.
+            heads: (batch entry, query head) pairs to judge by; None is all. Outputs are handed to `judge` whole.
 
         Raises:
-            InputError: if a shape or dtype does not belong to attention.
+            InputError: if a shape or dtype does not belong to attention, or `extras` lacks what the spec asks for.
         """
-        if q.dtype not in TINY:
-            raise InputError(f"no accuracy rule for {q.dtype}; known: {', '.join(map(str, TINY))}")
-        self._tiny = TINY[q.dtype]
+        if q.dtype != torch_dtype(spec.dtype):
+            raise InputError(f"no accuracy rule for {q.dtype} inputs of a {spec.dtype} kernel")
+        self._dtype = spec.dtype
+        self._factor = max(
+            MAX_FACTOR, SOFTCAP_FACTOR if spec.softcap else 0.0, FP8_FACTOR if spec.dtype is DType.FP8 else 0.0
+        )
+        self._heads = None if heads is None else tuple(heads)
+        self._entries = entries_of(q, k, spec, extras)
+        rows = (q.shape[1], q.shape[0]) if spec.varlen else tuple(q.shape[:3])
+        self._out_shape, self._lse_shape = (*q.shape[:-1], v.shape[-1]), rows
         self._ref, self._ref_lse = attention_reference(
-            q, k, v, mask=mask, softmax_scale=softmax_scale, precision="float64"
+            q, k, v, spec=spec, extras=extras, precision="float64", heads=heads
         )
         self._plain, self._plain_lse = attention_reference(
-            q, k, v, mask=mask, softmax_scale=softmax_scale, precision="input"
+            q, k, v, spec=spec, extras=extras, precision="input", heads=heads
         )
 
     def judge(self, out: Tensor, lse: Tensor | None) -> AccuracyReport:
-        """Return how far out [batch, nheads_q, seqlen_q, head_dim_v] and lse (None if there is none) are off.
+        """Return how far a kernel's outputs are off.
+
+        Args:
+            out: [batch, nheads_q, seqlen_q, head_dim_v], or packed [tokens_q, nheads_q, head_dim_v].
+            lse: [batch, nheads_q, seqlen_q], or packed [nheads_q, tokens_q]; None if there is none.
 
         Raises:
             InputError: if a shape does not belong to the problem.
         """
+        _check_shape("out", out, self._out_shape)
+        if lse is not None:
+            _check_shape("lse", lse, self._lse_shape)
+        if self._heads is not None:
+            out, lse = pick_heads(out, lse, self._heads, self._entries)
         ref, ref_lse = self._ref, self._ref_lse
-        tiny, rms_tiny = self._tiny * _largest(ref), self._tiny * _rms(ref)
-        report = _judge("out", out, ref, self._plain, tiny=tiny, rms_tiny=rms_tiny)
+        tiny, rms_tiny = TINY[self._dtype] * _largest(ref), TINY[self._dtype] * _rms(ref)
+        report = _judge(
+            "out", out, ref, self._plain, factor=self._factor, tiny=tiny, rms_tiny=rms_tiny, locate=self._locate
+        )
         if not report.ok or lse is None:
             return report
-        tiny = LSE_TINY * max(1.0, _largest(ref_lse))
-        lse_report = _judge("lse", lse, ref_lse, self._plain_lse, tiny=tiny, rms_tiny=tiny)
+        tiny = LSE_TINY[self._dtype] * max(1.0, _largest(ref_lse))
+        lse_report = _judge(
+            "lse", lse, ref_lse, self._plain_lse, factor=self._factor, tiny=tiny, rms_tiny=tiny, locate=self._locate
+        )
         return report if lse_report.ok else lse_report
+
+    def _locate(self, index: tuple[int, ...]) -> str:
+        """Return where an element of what is judged lies, as an index of the whole output or of one of its heads."""
+        if self._heads is None:
+            return str(list(index))
+        pair, *rest = index
+        if any(entry.varlen for entry in self._entries):
+            lengths = [self._entries[b].rows for b, _ in self._heads]
+            row, pair = pair, 0
+            while row >= lengths[pair]:
+                row, pair = row - lengths[pair], pair + 1
+            rest = [row, *rest]
+        b, h = self._heads[pair]
+        return f"[b={b}, h={h}, {', '.join(map(str, rest))}]"
 
 
 def accuracy_error(
-    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, softmax_scale: float
+    out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec, extras: Extras
 ) -> AccuracyReport:
     """Return how far one output is off; see `Oracle`, which it makes for this one time."""
-    return Oracle(q, k, v, mask=mask, softmax_scale=softmax_scale).judge(out, lse)
+    return Oracle(q, k, v, spec=spec, extras=extras).judge(out, lse)
 
 
-def _judge(name: str, got: Tensor, ref: Tensor, plain: Tensor, *, tiny: float, rms_tiny: float) -> AccuracyReport:
-    if got.shape != ref.shape:
-        raise InputError(f"{name} must be {list(ref.shape)}, got {list(got.shape)}")
+def _check_shape(name: str, got: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(got.shape) != shape:
+        raise InputError(f"{name} must be {list(shape)}, got {list(got.shape)}")
+
+
+def _judge(
+    name: str,
+    got: Tensor,
+    ref: Tensor,
+    plain: Tensor,
+    *,
+    factor: float,
+    tiny: float,
+    rms_tiny: float,
+    locate: Callable[[tuple[int, ...]], str],
+) -> AccuracyReport:
     plain_error = _finite_difference(plain, ref)
-    allowed = MAX_FACTOR * _largest(plain_error) + tiny
+    allowed = factor * _largest(plain_error) + tiny
     comparable = (got == ref) | (got.isfinite() & ref.isfinite())
     if not comparable.all():
         where = (~comparable).nonzero()
         index = tuple(where[0].tolist())
         reason = (
-            f"{name}{list(index)} is {got[index].item():.6g}, the reference is {ref[index].item():.6g}; "
+            f"{name}{locate(index)} is {got[index].item():.6g}, the reference is {ref[index].item():.6g}; "
             f"{len(where)} of {got.numel()} elements are NaN or infinite where they must not be, or the reverse"
         )
         return AccuracyReport(max_error=math.inf, allowed_error=allowed, ok=False, reason=reason)
     error = _finite_difference(got, ref)
     largest = _largest(error)
-    rms, allowed_rms = _rms(error), max(RMS_FACTOR * _rms(plain_error), rms_tiny)
+    rms, allowed_rms = _rms(error), max(RMS_SHARE * factor * _rms(plain_error), rms_tiny)
     reason = ""
     if largest > allowed:
         index = _index_of_largest(error)
         reason = (
-            f"{name}{list(index)} is {got[index].item():.6g}, the reference is {ref[index].item():.6g}: off by "
+            f"{name}{locate(index)} is {got[index].item():.6g}, the reference is {ref[index].item():.6g}: off by "
             f"{largest:.3g}, allowed {allowed:.3g}; {int((error > allowed).sum())} of {got.numel()} elements are beyond"
         )
     elif rms > allowed_rms:
         reason = (
             f"{name} is off by {rms:.3g} (root mean square), allowed {allowed_rms:.3g}; no element is beyond "
-            f"{allowed:.3g}, most at {list(_index_of_largest(error))}: a wrong factor rather than a wrong element"
+            f"{allowed:.3g}, most at {locate(_index_of_largest(error))}: a wrong factor rather than a wrong element"
         )
     return AccuracyReport(max_error=largest, allowed_error=allowed, ok=not reason, reason=reason)
 

@@ -1,8 +1,10 @@
-"""What a kernel is tried on: random inputs, poisoned outputs, awkward shapes, a sample of heads of a large problem."""
+"""What a kernel is tried on: random Q, K and V, poisoned outputs, awkward shapes, a sample of heads of a large problem.
+
+What a call gives besides Q, K and V is made by `flashgen.measure.random_extras`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 import typing
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flashgen.errors import InputError
-from flashgen.spec import Problem, Shape
+from flashgen.measure.arithmetic import torch_dtype
+from flashgen.spec import DType, Problem, Shape
 
 Layout = typing.Literal["bhsd", "bshd"]
 
@@ -72,27 +75,65 @@ def awkward_shapes(problem: Problem, block_m: int, block_n: int) -> tuple[Shape,
 def random_inputs(
     problem: Problem, *, device: torch.device | str, seed: int, layout: Layout = "bhsd"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return normal random q, k and v as [batch, heads, seqlen, head_dim] views.
+    """Return normal random q, k and v as [batch, heads, seqlen, head_dim] views, or packed [tokens, heads, head_dim].
+
+    Args:
+        problem: gives sizes and dtype; packed sequences have its `lengths()`.
+        device: where they are made.
+        seed: the same seed gives the same numbers on the same kind of device.
+        layout: order in memory; `bshd` gives transposed views of [batch, seqlen, heads, head_dim]. Packed tensors have
+            one order.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    spec, shape = problem.spec, problem.shape
+    dtype = torch_dtype(spec.dtype)
+    # Random numbers are not made in 8 bits.
+    made = torch.float16 if spec.dtype is DType.FP8 else dtype
+
+    def normal(heads: int, seqlen: int, tokens: int, head_dim: int) -> Tensor:
+        logical = (tokens, heads, head_dim) if spec.varlen else (shape.batch, heads, seqlen, head_dim)
+        sizes = logical if spec.varlen else _memory_order(logical, layout)
+        numbers = torch.randn(sizes, generator=generator, device=device, dtype=made).to(dtype)
+        return numbers if spec.varlen else _logical_view(numbers, layout)
+
+    tokens_q, tokens_k = token_counts(problem)
+    return (
+        normal(shape.nheads_q, shape.seqlen_q, tokens_q, spec.head_dim_qk),
+        normal(shape.nheads_kv, shape.seqlen_k, tokens_k, spec.head_dim_qk),
+        normal(shape.nheads_kv, shape.seqlen_k, tokens_k, spec.head_dim_v),
+    )
+
+
+def token_counts(problem: Problem) -> tuple[int, int]:
+    """Return how many query and key rows all batch entries have together."""
+    lengths = problem.lengths()
+    return sum(q for q, _ in lengths), sum(k for _, k in lengths)
+
+
+def poisoned_outputs(
+    problem: Problem, *, device: torch.device | str, layout: Layout = "bhsd"
+) -> tuple[Tensor, Tensor | None]:
+    """Return out and lse of NaN for a kernel to fill; lse is None unless the spec writes it.
 
     Args:
         problem: gives sizes and dtype.
         device: where they are made.
-        seed: the same seed gives the same numbers on the same kind of device.
-        layout: order in memory; `bshd` gives transposed views of [batch, seqlen, heads, head_dim].
+        layout: order of out in memory, unless it is packed.
+
+    Returns:
+        out [batch, nheads_q, seqlen_q, head_dim_v] and float32 lse [batch, nheads_q, seqlen_q], or packed
+        [tokens_q, nheads_q, head_dim_v] and [nheads_q, tokens_q].
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
     spec, shape = problem.spec, problem.shape
-    dtype: torch.dtype = getattr(torch, spec.dtype.torch_name)
-
-    def normal(heads: int, seqlen: int, head_dim: int) -> Tensor:
-        sizes = _memory_order((shape.batch, heads, seqlen, head_dim), layout)
-        return _logical_view(torch.randn(sizes, generator=generator, device=device, dtype=dtype), layout)
-
-    return (
-        normal(shape.nheads_q, shape.seqlen_q, spec.head_dim_qk),
-        normal(shape.nheads_kv, shape.seqlen_k, spec.head_dim_qk),
-        normal(shape.nheads_kv, shape.seqlen_k, spec.head_dim_v),
-    )
+    dtype = torch_dtype(spec.dtype.out)
+    if spec.varlen:
+        tokens = token_counts(problem)[0]
+        out = poisoned_empty((tokens, shape.nheads_q, spec.head_dim_v), dtype, device)
+        rows: tuple[int, ...] = (shape.nheads_q, tokens)
+    else:
+        rows = (shape.batch, shape.nheads_q, shape.seqlen_q)
+        out = poisoned_empty((*rows, spec.head_dim_v), dtype, device, layout=layout)
+    return out, poisoned_empty(rows, torch.float32, device) if spec.lse else None
 
 
 def poisoned_empty(
@@ -136,39 +177,3 @@ def sampled_heads(batch: int, nheads_q: int, limit: int, seed: int) -> tuple[tup
     else:
         picked = sorted({0, total - 1, *random.Random(seed).sample(range(1, total - 1), limit - 2)})
     return tuple(divmod(index, nheads_q) for index in picked)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadSample:
-    """Some heads of a problem as a problem of their own: one head each, along the batch dimension.
-
-    Attributes:
-        q: [pairs, 1, seqlen_q, head_dim_qk].
-        k: [pairs, 1, seqlen_k, head_dim_qk], the key/value head of each query head.
-        v: [pairs, 1, seqlen_k, head_dim_v].
-        out: [pairs, 1, seqlen_q, head_dim_v].
-        lse: [pairs, 1, seqlen_q], or None.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    lse: Tensor | None
-
-
-def take_heads(
-    pairs: tuple[tuple[int, int], ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
-) -> HeadSample:
-    """Return copies of the heads in `pairs` (batch, query head), so that checking them costs little."""
-    batches = [b for b, _ in pairs]
-    heads = [h for _, h in pairs]
-    group = q.shape[1] // k.shape[1]
-    kv_heads = [h // group for h in heads]
-    return HeadSample(
-        q=q[batches, heads].unsqueeze(1),
-        k=k[batches, kv_heads].unsqueeze(1),
-        v=v[batches, kv_heads].unsqueeze(1),
-        out=out[batches, heads].unsqueeze(1),
-        lse=None if lse is None else lse[batches, heads].unsqueeze(1),
-    )

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from flashgen.spec import Causal, Full, Problem
+from flashgen.measure.flex_mods import flex_mask_mod, flex_score_mod
+from flashgen.spec import AttentionSpec, Causal, DType, Extras, Full, Problem
+from flashgen.spec.masks import SlidingWindow
 
 Run = Callable[[], Tensor]
-Make = Callable[[Tensor, Tensor, Tensor, Problem], "Run | str"]
+Make = Callable[[Tensor, Tensor, Tensor, Problem, Extras], "Run | str"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +29,9 @@ class Peer:
 
     Attributes:
         name: short name, as on the command line.
-        make: takes q, k, v [batch, heads, seqlen, head_dim] and their problem, tries one call, and returns a call
-            without arguments that gives out [batch, nheads_q, seqlen_q, head_dim_v] at scale head_dim_qk ** -0.5, or
-            the reason why this peer cannot run the problem. Its other device work (a block mask) is done in `make`.
+        make: takes q, k, v [batch, heads, seqlen, head_dim], their problem and what else the call gives, tries one
+            call, and returns a call without arguments that gives out [batch, nheads_q, seqlen_q, head_dim_v], or the
+            reason why this peer cannot run the problem. Its other device work (a block mask) is done in `make`.
     """
 
     name: str
@@ -60,6 +62,14 @@ def _needs_gpu(name: str, q: Tensor) -> str | None:
     return None if q.is_cuda else f"{name} needs a GPU, the tensors are on {q.device}"
 
 
+def _plain_spec(name: str, spec: AttentionSpec) -> str | None:
+    """Return what of a spec is beyond a dtype, head dimensions and a mask."""
+    beyond = [*spec.features, *(["score_mod"] if spec.score_mod else [])]
+    if beyond:
+        return f"{name} has no adapter for {', '.join(beyond)}"
+    return f"{name} has no adapter for {spec.dtype}" if spec.dtype in (DType.FP8, DType.TF32) else None
+
+
 def _sdpa_mask(name: str, problem: Problem, lower_right: bool) -> tuple[Tensor | None, bool] | str:
     """Return SDPA's (attn_mask, is_causal) for the problem's mask; SDPA aligns is_causal to the top left."""
     mask, shape = problem.spec.mask, problem.shape
@@ -79,8 +89,8 @@ def _sdpa_mask(name: str, problem: Problem, lower_right: bool) -> tuple[Tensor |
 
 
 def _sdpa(name: str, backend: SDPBackend, *, lower_right: bool) -> Peer:
-    def make(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run | str:
-        refusal = _needs_gpu(name, q)
+    def make(q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: Extras) -> Run | str:
+        refusal = _needs_gpu(name, q) or _plain_spec(name, problem.spec)
         if refusal is not None:
             return refusal
         arguments = _sdpa_mask(name, problem, lower_right)
@@ -92,7 +102,7 @@ def _sdpa(name: str, backend: SDPBackend, *, lower_right: bool) -> Peer:
         def run() -> Tensor:
             with sdpa_kernel([backend]):
                 return F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=grouped
+                    q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=extras.softmax_scale, enable_gqa=grouped
                 )
 
         return _tried(name, run)
@@ -100,28 +110,37 @@ def _sdpa(name: str, backend: SDPBackend, *, lower_right: bool) -> Peer:
     return Peer(name=name, make=make)
 
 
-def _make_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run | str:
+def _make_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: Extras) -> Run | str:
     refusal = _needs_gpu("flex", q)
     if refusal is not None:
         return refusal
-    mask, shape = problem.spec.mask, problem.shape
+    spec, shape = problem.spec, problem.shape
+    if spec.varlen or spec.seqused or spec.dropout or spec.sinks or spec.dtype in (DType.FP8, DType.TF32):
+        return f"flex has no adapter for {spec}"
+    mask_mod = flex_mask_mod(extras.bound_mask(spec), shape.seqlen_q, shape.seqlen_k)
+    score_mod = flex_score_mod(spec, extras, shape.seqlen_k - shape.seqlen_q)
+    if isinstance(mask_mod, str) or isinstance(score_mod, str):
+        return f"flex: {mask_mod if isinstance(mask_mod, str) else score_mod}"
     block_mask = None
-    if isinstance(mask, Causal):
-        offset = mask.offset(shape.seqlen_q, shape.seqlen_k)
-
-        def sees(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return kv_idx <= q_idx + offset
-
-        block_mask = create_block_mask(sees, None, None, shape.seqlen_q, shape.seqlen_k, device=q.device)
-    elif not isinstance(mask, Full):
-        return f"flex has no adapter for mask {mask}"
+    if mask_mod is not None:
+        batch = shape.batch if "b" in spec.mask.uses else None
+        heads = shape.nheads_q if "h" in spec.mask.uses else None
+        block_mask = create_block_mask(mask_mod, batch, heads, shape.seqlen_q, shape.seqlen_k, device=q.device)
     # Dynamo keeps one cache for the function, and past a few shapes it would fall back to eager.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     grouped = shape.group > 1
 
     def run() -> Tensor:
-        out: Tensor = compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped)
+        out: Tensor = compiled(
+            q,
+            k,
+            v,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            scale=extras.softmax_scale,
+            enable_gqa=grouped,
+        )
         return out
 
     return _tried("flex", run)
@@ -137,23 +156,33 @@ def _fa3_function() -> Callable[..., object] | None:
     return None
 
 
-def _make_fa3(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run | str:
-    refusal = _needs_gpu("fa3", q)
+def _make_fa3(q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: Extras) -> Run | str:
+    spec = dataclasses.replace(problem.spec, softcap=False)
+    refusal = _needs_gpu("fa3", q) or _plain_spec("fa3", spec)
     if refusal is not None:
         return refusal
     function = _fa3_function()
     if function is None:
         return f"fa3 is not installed (looked for {', '.join(_FA3_MODULES)})"
     mask, shape = problem.spec.mask, problem.shape
-    if not isinstance(mask, Full | Causal):
+    if not isinstance(mask, Full | Causal | SlidingWindow):
         return f"fa3 has no adapter for mask {mask}"
     causal = isinstance(mask, Causal)
     if isinstance(mask, Causal) and mask.align == "top_left" and shape.seqlen_q != shape.seqlen_k:
         return "fa3 cannot align causal to the top left"
+    window = (mask.left, mask.right) if isinstance(mask, SlidingWindow) else (-1, -1)
     queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
 
     def run() -> Tensor:
-        result = function(queries, keys, values, causal=causal)
+        result = function(
+            queries,
+            keys,
+            values,
+            softmax_scale=extras.softmax_scale,
+            causal=causal,
+            window_size=window,
+            softcap=extras.softcap,
+        )
         # Some versions return lse beside out.
         out = typing.cast(Tensor, result[0] if isinstance(result, tuple) else result)
         return out.transpose(1, 2)

@@ -2,86 +2,252 @@
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from flashgen.errors import InputError
-from flashgen.spec import Full, Mask
-
-Precision = typing.Literal["float64", "input"]
+from flashgen.measure.arithmetic import Arithmetic, Precision
+from flashgen.measure.entries import Entry, batch_entries, join_heads
+from flashgen.measure.philox import dropout_keep
+from flashgen.spec import AttentionSpec, Extras, Full, Mask, Positions
 
 # Scores alive at a time: 256 MiB in float64, and a handful of buffers of that size.
 MAX_SCORE_ELEMENTS = 2**25
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, softmax_scale: float, precision: Precision
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    spec: AttentionSpec,
+    extras: Extras,
+    precision: Precision,
+    heads: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return exact attention and its log-sum-exp, a block of query rows at a time so that memory stays bounded.
 
     Args:
-        q: [batch, nheads_q, seqlen_q, head_dim_qk], any strides.
-        k: [batch, nheads_kv, seqlen_k, head_dim_qk]; nheads_kv divides nheads_q.
-        v: [batch, nheads_kv, seqlen_k, head_dim_v].
-        mask: which keys a row sees. A row that sees none gets out = 0 and lse = -inf.
-        softmax_scale: factor of the scores.
-        precision: `float64` is the oracle. `input` rounds scores, probabilities and out to the inputs' dtype and keeps
-            the softmax in float32, as plain PyTorch does: the yardstick of the accuracy rule.
+        q: [batch, nheads_q, seqlen_q, head_dim_qk], or packed [tokens_q, nheads_q, head_dim_qk] where the spec is
+            varlen; any strides.
+        k: [batch, nheads_kv, seqlen_k, head_dim_qk] or [tokens_k, nheads_kv, head_dim_qk]; nheads_kv divides nheads_q.
+        v: likewise, with head_dim_v.
+        spec: what to compute.
+        extras: its numbers and tensors.
+        precision: `float64` is the oracle. `input` rounds as plain PyTorch does at the inputs' dtype (see
+            `Arithmetic`): the yardstick of the accuracy rule.
+        heads: (batch entry, query head) pairs to compute alone; None is all.
 
     Returns:
-        out [batch, nheads_q, seqlen_q, head_dim_v] in float64 or the inputs' dtype, and lse [batch, nheads_q,
-        seqlen_q], natural log, in float64 or float32.
+        out [batch, nheads_q, seqlen_q, head_dim_v] in float64 or the type of out, and lse [batch, nheads_q, seqlen_q],
+        natural log, in float64 or float32. Packed: out [tokens_q, nheads_q, head_dim_v], lse [nheads_q, tokens_q].
+        With `heads`, only their rows, as `pick_heads` takes them from those. A row that sees no key, is not used or
+        belongs to no sequence has out = 0 and lse = -inf (the sink, where it is used and there is one).
 
     Raises:
-        InputError: if the shapes do not belong together.
+        InputError: if the shapes do not belong together, or the spec asks for what `extras` does not hold.
     """
-    _check_shapes(q, k, v)
-    batch, nheads_q, seqlen_q, _ = q.shape
-    nheads_kv, seqlen_k = k.shape[1], k.shape[2]
-    value_type = torch.float64 if precision == "float64" else q.dtype
-    softmax_type = torch.float64 if precision == "float64" else torch.float32
-    out = torch.zeros(batch, nheads_q, seqlen_q, v.shape[3], dtype=value_type, device=q.device)
-    lse = torch.full((batch, nheads_q, seqlen_q), float("-inf"), dtype=softmax_type, device=q.device)
-    if seqlen_k == 0 or out.shape[:3].numel() == 0:
-        return out, lse
-    rows = max(1, MAX_SCORE_ELEMENTS // (nheads_q * seqlen_k))
-    for b in range(batch):
-        keys, values = k[b].to(value_type), v[b].to(value_type)
-        for start in range(0, seqlen_q, rows):
-            stop = min(start + rows, seqlen_q)
-            # One product per key/value head: the query heads of a group are stacked as rows, K and V never repeated.
-            queries = q[b, :, start:stop].to(value_type).reshape(nheads_kv, -1, q.shape[3])
-            scores = (queries @ keys.transpose(1, 2)).to(softmax_type).mul_(softmax_scale)
-            seen = _visible(mask, start, stop, seqlen_q, seqlen_k, q.device)
-            if seen is not None:
-                scores.view(nheads_q, -1, seqlen_k).masked_fill_(~seen, float("-inf"))
-            row_lse = scores.logsumexp(dim=-1)
-            dead = row_lse == float("-inf")
-            probabilities = scores.softmax(dim=-1).masked_fill_(dead.unsqueeze(-1), 0.0).to(value_type)
-            out[b, :, start:stop] = (probabilities @ values).view(nheads_q, stop - start, -1)
-            lse[b, :, start:stop] = row_lse.view(nheads_q, stop - start)
+    _check_call(q, k, v, spec, extras)
+    arithmetic = Arithmetic(dtype=spec.dtype, precision=precision)
+    entries = entries_of(q, k, spec, extras)
+    nheads_q = q.shape[1]
+    if heads is not None:
+        parts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for entry in entries:
+            own = sorted({h for b, h in heads if b == entry.b})
+            if own:
+                part = _Part.of_heads(entry, own, q, k, v)
+                found = _attend(part, spec, extras, arithmetic)
+                parts.update({(entry.b, h): (found[0][i], found[1][i]) for i, h in enumerate(own)})
+        picked = [parts[pair] for pair in heads]
+        return join_heads([out for out, _ in picked], entries), join_heads([lse for _, lse in picked], entries)
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=arithmetic.out_type, device=q.device)
+    rows = (nheads_q, q.shape[0]) if spec.varlen else q.shape[:3]
+    lse = torch.full(rows, float("-inf"), dtype=arithmetic.softmax_type, device=q.device)
+    for entry in entries:
+        part_out, part_lse = _attend(_Part.of_entry(entry, q, k, v), spec, extras, arithmetic)
+        entry.queries(out).copy_(part_out)
+        entry.statistics(lse).copy_(part_lse)
     return out, lse
 
 
-def _visible(mask: Mask, start: int, stop: int, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor | None:
-    """Return the [stop - start, seqlen_k] part of the mask, or None where everything is seen."""
+def entries_of(q: Tensor, k: Tensor, spec: AttentionSpec, extras: Extras) -> tuple[Entry, ...]:
+    """Return the batch entries of a call with these q and k."""
+    seqlen_q, seqlen_k = (0, 0) if spec.varlen else (q.shape[2], k.shape[2])
+    return batch_entries(spec, extras, batch=q.shape[0], seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+
+
+def visible(mask: Mask, at: Positions) -> Tensor | None:
+    """Return where the mask lets queries see keys, of a shape that broadcasts; None where it hides nothing."""
     if isinstance(mask, Full):
         return None
-    # `Mask.sees` is written for integers and works element by element on tensors too.
-    sees = typing.cast("Callable[[Tensor, Tensor, int, int], Tensor]", mask.sees)
-    q_idx = torch.arange(start, stop, device=device)[:, None]
-    kv_idx = torch.arange(seqlen_k, device=device)[None, :]
-    return sees(q_idx, kv_idx, seqlen_q, seqlen_k)
+    return torch.as_tensor(mask.sees(at), dtype=torch.bool, device=at.q_idx.device)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def positions(entry: Entry, heads: Tensor, start: int, stop: int) -> Positions:
+    """Return rows start to stop of an entry against its keys: [1, 1, 1], [heads, 1, 1], [rows, 1] and [1, seqlen_k]."""
+    device = heads.device
+    return Positions(
+        b=torch.full((1, 1, 1), entry.b, device=device),
+        h=heads[:, None, None],
+        q_idx=torch.arange(start, stop, device=device)[:, None],
+        kv_idx=torch.arange(entry.seqlen_k, device=device)[None, :],
+        seqlen_q=entry.seqlen_q,
+        seqlen_k=entry.seqlen_k,
+        ops=torch,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Heads of one batch entry: q [heads, rows, head_dim_qk], k and v [kv_heads, seqlen_k, ...].
+
+    The query heads of one key/value head follow each other. `h` and `h_kv` number both kinds of heads within the call.
+    """
+
+    entry: Entry
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    h: Tensor
+    h_kv: Tensor
+    nheads_q: int
+
+    @classmethod
+    def of_entry(cls, entry: Entry, q: Tensor, k: Tensor, v: Tensor) -> _Part:
+        """Return all heads of an entry."""
+        h, h_kv = (torch.arange(t.shape[1], device=q.device) for t in (q, k))
+        queries, keys, values = entry.queries(q), entry.keys(k), entry.keys(v)
+        return cls(entry=entry, q=queries, k=keys, v=values, h=h, h_kv=h_kv, nheads_q=q.shape[1])
+
+    @classmethod
+    def of_heads(cls, entry: Entry, heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> _Part:
+        """Return some heads of an entry, each with a key/value head of its own."""
+        h = torch.tensor(heads, device=q.device)
+        h_kv = h // (q.shape[1] // k.shape[1])
+        queries, keys, values = entry.queries(q)[h], entry.keys(k)[h_kv], entry.keys(v)[h_kv]
+        return cls(entry=entry, q=queries, k=keys, v=values, h=h, h_kv=h_kv, nheads_q=q.shape[1])
+
+
+def _attend(part: _Part, spec: AttentionSpec, extras: Extras, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    """Return out [heads, rows, head_dim_v] and lse [heads, rows] of all rows of the entry, used or not."""
+    entry, nheads, nheads_kv, kind = part.entry, len(part.h), len(part.h_kv), arithmetic.softmax_type
+    out = part.q.new_zeros((nheads, part.q.shape[1], part.v.shape[2]), dtype=arithmetic.out_type)
+    lse = part.q.new_full(out.shape[:2], float("-inf"), dtype=kind)
+    sinks = extras.sinks[part.h].to(kind)[:, None] if spec.sinks and extras.sinks is not None else None
+    if entry.seqlen_k == 0:
+        if sinks is not None:
+            lse[:, : entry.seqlen_q] = sinks
+        return out, lse
+    keys, values = arithmetic.operand(part.k).transpose(1, 2), arithmetic.operand(part.v)
+    scale_qk, scale_v = _scales(part, spec, extras, kind)
+    rows = max(1, MAX_SCORE_ELEMENTS // (nheads * entry.seqlen_k))
+    for start in range(0, entry.seqlen_q, rows):
+        block = slice(start, min(start + rows, entry.seqlen_q))
+        # One product per key/value head: the query heads of a group are stacked as rows, K and V never repeated.
+        queries = arithmetic.operand(part.q[:, block]).reshape(nheads_kv, -1, part.q.shape[2])
+        scores = (queries @ keys).to(kind).mul_(scale_qk).view(nheads, -1, entry.seqlen_k)
+        at = positions(entry, part.h, block.start, block.stop)
+        weights, total, lse[:, block] = _softmax(_modified(scores, at, part, spec, extras), sinks)
+        if not arithmetic.divides_last:
+            weights = weights.div_(total)
+        weights = arithmetic.probabilities(weights)
+        if spec.dropout:
+            weights = _dropped(weights, at, part.nheads_q, extras)
+        product = weights.view(nheads_kv, -1, entry.seqlen_k) @ values
+        product = (product if scale_v is None else product * scale_v).view(nheads, -1, out.shape[2])
+        out[:, block] = product / total if arithmetic.divides_last else product
+    return out, lse
+
+
+def _scales(
+    part: _Part, spec: AttentionSpec, extras: Extras, kind: torch.dtype
+) -> tuple[Tensor | float, Tensor | None]:
+    """Return the factor of the products q k^T, softmax_scale included, and that of the products with V."""
+    if not spec.descale:
+        return extras.softmax_scale, None
+    q, k, v = (
+        factor[part.entry.b, part.h_kv].to(kind)[:, None, None]
+        for factor in (extras.q_descale, extras.k_descale, extras.v_descale)
+        if factor is not None
+    )
+    return q * k * extras.softmax_scale, v
+
+
+def _modified(scores: Tensor, at: Positions, part: _Part, spec: AttentionSpec, extras: Extras) -> Tensor:
+    """Return what becomes of scaled scores [heads, rows, seqlen_k]: -inf where a key is hidden."""
+    if spec.softcap:
+        scores = scores.div_(extras.softcap).tanh_().mul_(extras.softcap)
+    score_mod = extras.bound_score_mod(spec)
+    if score_mod is not None:
+        changed = score_mod.evaluate(torch, score=scores, b=at.b, h=at.h, q_idx=at.q_idx, kv_idx=at.kv_idx)
+        scores = changed.to(scores.dtype).expand(scores.shape)
+    if spec.bias != "none" and extras.bias is not None:
+        bias = _bias_block(extras.bias, at, part)
+        scores = scores.masked_fill(~bias, float("-inf")) if spec.bias == "bool" else scores + bias.to(scores.dtype)
+    if spec.alibi and extras.alibi_slopes is not None:
+        slopes = extras.alibi_slopes if extras.alibi_slopes.dim() == 1 else extras.alibi_slopes[part.entry.b]
+        scores = scores - slopes[at.h].to(scores.dtype) * at.distance.abs()
+    seen = visible(extras.bound_mask(spec), at)
+    return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
+
+
+def _bias_block(bias: Tensor, at: Positions, part: _Part) -> Tensor:
+    """Return the part of bias [batch, nheads_q, seqlen_q, seqlen_k] for these rows; a size of 1 is broadcast."""
+    own = bias[part.entry.b if bias.shape[0] > 1 else 0]
+    if own.shape[1] > 1:
+        own = own[:, int(at.q_idx[0]) : int(at.q_idx[-1]) + 1]
+    if own.shape[2] > 1:
+        own = own[:, :, : at.seqlen_k]
+    return own[part.h] if own.shape[0] > 1 else own
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return exp(scores - row maximum), what it is to be divided by [heads, rows, 1], and lse [heads, rows]."""
+    largest = scores.amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    weights = (scores - largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    lse = (largest + total.log()).squeeze(-1)
+    if sinks is not None:
+        # A sink far above the scores makes the sum infinite and the probabilities 0, as they are.
+        total = total + (sinks.unsqueeze(-1) - largest).exp()
+        lse = torch.logaddexp(lse, sinks.expand_as(lse))
+    return weights, total.masked_fill(total == 0, 1.0), lse
+
+
+def _dropped(weights: Tensor, at: Positions, nheads_q: int, extras: Extras) -> Tensor:
+    """Return the probabilities after dropout: 0, or divided by the share that is kept."""
+    if extras.rng_state is None or extras.dropout_p >= 1:
+        return torch.zeros_like(weights)
+    kept = dropout_keep(extras.rng_state, extras.dropout_p, at.b * nheads_q + at.h, at.q_idx, at.kv_idx)
+    return weights.masked_fill(~kept, 0.0) / (1 - extras.dropout_p)
+
+
+def _check_call(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: Extras) -> None:
     got = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise InputError(f"q, k and v must be [batch, heads, seqlen, head_dim]; {got}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    wanted, dims = ("[tokens, heads, head_dim]", 3) if spec.varlen else ("[batch, heads, seqlen, head_dim]", 4)
+    if {q.dim(), k.dim(), v.dim()} != {dims}:
+        raise InputError(f"q, k and v must be {wanted}; {got}")
+    if k.shape[:-1] != v.shape[:-1] or (not spec.varlen and q.shape[0] != k.shape[0]) or q.shape[-1] != k.shape[-1]:
         raise InputError(f"batch, key length, key/value heads or head_dim_qk differ; {got}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise InputError(f"nheads_q must be a multiple of nheads_kv; {got}")
+    needed = {
+        "bias": spec.bias != "none",
+        "alibi_slopes": spec.alibi,
+        "sinks": spec.sinks,
+        "rng_state": spec.dropout,
+        **dict.fromkeys(("q_descale", "k_descale", "v_descale"), spec.descale),
+    }
+    missing = [name for name, wanted_by_spec in needed.items() if wanted_by_spec and getattr(extras, name) is None]
+    if missing:
+        raise InputError(f"{spec} needs {', '.join(missing)}, the call gives none")
+    captures = spec.mask.capture_count + (len(spec.score_mod.captures) if spec.score_mod else 0)
+    if len(extras.captures) != captures:
+        raise InputError(f"{spec} captures {captures} tensors, the call gives {len(extras.captures)}")
+    if spec.softcap and extras.softcap <= 0:
+        raise InputError(f"{spec} needs a softcap above 0, got {extras.softcap}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
 import typing
 
 from flashgen.codegen.config import KernelConfig, TritonForwardConfig
+from flashgen.codegen.head_tiles import head_tiles
 from flashgen.errors import ConfigError, InputError
-from flashgen.spec import DType, Problem
+from flashgen.spec import AttentionSpec, DType, Mask, Problem
 from flashgen.target import GpuTarget
 
 
@@ -50,10 +53,19 @@ class Prediction:
 
 
 def floor_us(problem: Problem, target: GpuTarget) -> Floor:
-    """Return the floor of `problem` on `target`; float32 is counted at half the 16-bit rate, that of tf32."""
-    compute_us = problem.flops() / (target.tflops_16bit * (0.5 if problem.spec.dtype is DType.FP32 else 1.0) * 1e6)
+    """Return the floor of `problem` on `target`.
+
+    float32 is counted at half the 16-bit rate, that of tf32, and fp8 at twice the 16-bit rate. Where only data can tell
+    which keys a mask hides, every pair is counted: there the compute time is that of the unmasked problem.
+    """
+    compute_us = problem.flops() / (target.tflops_16bit * _matrix_rate(problem.spec.dtype) * 1e6)
     memory_us = problem.min_bytes() / (target.bandwidth_gbs * 1e3)
     return Floor(compute_us=compute_us, memory_us=memory_us, bound="compute" if compute_us >= memory_us else "memory")
+
+
+def _matrix_rate(dtype: DType) -> float:
+    """Return the rate of the matrix unit, in that for 16-bit types."""
+    return {DType.FP32: 0.5, DType.TF32: 0.5, DType.FP8: 2.0}.get(dtype, 1.0)
 
 
 def tflops(problem: Problem, us: float) -> float:
@@ -84,6 +96,8 @@ _TILE_OVERHEAD_CLOCKS = 2500
 _LAUNCH_US = 3.0
 # Lane operations per score beside its exp2: scale and subtract, maximum, sum, half a conversion, register moves.
 _OPS_PER_SCORE = 5
+# What features add to them: Philox gives four numbers in about 80 operations, a bias is loaded and converted.
+_OPS_OF_FEATURE = {"softcap": 4, "alibi": 4, "dropout": 22, "bias": 6, "score_mod": 8}
 # Per row: both reductions across four threads, the new maximum, the correction.
 _OPS_PER_ROW = 40
 # Copies by threads reach less of the L2 rate than bulk copies do.
@@ -113,29 +127,45 @@ def predict_us(
     if not isinstance(config, TritonForwardConfig):
         raise ConfigError(f"the model knows {TritonForwardConfig.template} only, got {config.template}")
     blocks, limiter = _resident_blocks(target, config, registers, smem_bytes)
-    shape, spec = problem.shape, problem.spec
-    tiles = math.ceil(shape.seqlen_q / config.block_m) * shape.batch * shape.nheads_q
+    lengths = collections.Counter(problem.lengths())
+    # Rows of a grid that is as wide as the longest sequence: the tiles beyond a shorter one end at once.
+    tiles = math.ceil(problem.shape.seqlen_q / config.block_m) * problem.shape.batch * problem.shape.nheads_q
     if blocks == 0 or tiles == 0:
         return Prediction(us=_LAUNCH_US if blocks else math.inf, occupancy_blocks=blocks, waves=0, limiter=limiter)
     slots = target.num_sms * blocks
     waves = math.ceil(tiles / slots)
-    visible = spec.mask.visible_pairs(shape.seqlen_q, shape.seqlen_k)
-    uniform = visible == shape.seqlen_q * shape.seqlen_k
-    # Under a mask a tile walks on to the last key of its last row, half a tile beyond the mean.
-    keys = shape.seqlen_k if uniform else visible / shape.seqlen_q + config.block_m / 2
-    steps = math.ceil(keys / config.block_n) if uniform else keys / config.block_n + 0.5
-    if uniform:
+    mask = problem.spec.mask.structure(keep_numbers=True)
+    counts: collections.Counter[int] = collections.Counter()
+    for (seqlen_q, seqlen_k), sequences in lengths.items():
+        for steps in _steps(mask, config, seqlen_q, seqlen_k):
+            counts[steps] += sequences * problem.shape.nheads_q
+    if len(counts) == 1:
+        (steps,) = counts
         full_waves, rest = divmod(tiles, slots)
         clocks = full_waves * _tile_clocks(problem, target, config, blocks, steps)
         if rest:
             clocks += _tile_clocks(problem, target, config, math.ceil(rest / target.num_sms), steps)
     else:
         # Tiles of unequal length fill the gaps of each other, but none is split.
-        shared = tiles / slots * _tile_clocks(problem, target, config, blocks, steps)
-        longest = _tile_clocks(problem, target, config, 1, math.ceil(shape.seqlen_k / config.block_n))
+        mean = sum(steps * count for steps, count in counts.items()) / counts.total()
+        shared = counts.total() / slots * _tile_clocks(problem, target, config, blocks, mean)
+        longest = _tile_clocks(problem, target, config, 1, max(counts))
         clocks = max(shared, longest)
     us = max(clocks / _CLOCK_HZ * 1e6, problem.min_bytes() / (target.bandwidth_gbs * 1e3)) + _LAUNCH_US
     return Prediction(us=us, occupancy_blocks=blocks, waves=waves, limiter=limiter)
+
+
+@functools.lru_cache(maxsize=256)
+def _steps(mask: Mask, config: TritonForwardConfig, seqlen_q: int, seqlen_k: int) -> tuple[int, ...]:
+    """Return how many tiles of keys each tile of queries walks over; all of them where only data can tell."""
+    steps = []
+    for start in range(0, seqlen_q, config.block_m):
+        rows = (start, min(start + config.block_m, seqlen_q) - 1)
+        first, last = (mask.row_interval(row, seqlen_q, seqlen_k) or (0, seqlen_k) for row in rows)
+        # Both ends move to the right from row to row.
+        lo, hi = max(first[0], 0), min(last[1], seqlen_k)
+        steps.append(max(0, math.ceil(hi / config.block_n) - lo // config.block_n))
+    return tuple(steps)
 
 
 def _resident_blocks(
@@ -159,9 +189,9 @@ def _resident_blocks(
 def _tile_clocks(problem: Problem, target: GpuTarget, config: TritonForwardConfig, blocks: int, steps: float) -> float:
     """Return the clocks in which one multiprocessor finishes `blocks` resident tiles of `steps` key steps."""
     spec = problem.spec
-    dims = _padded(spec.head_dim_qk) + _padded(spec.head_dim_v)
+    dims = _padded(spec.head_dim_qk, config) + _padded(spec.head_dim_v, config)
     matrix = blocks * _matrix_clocks(problem, target, config)
-    vector = blocks * _vector_clocks(target, config, _padded(spec.head_dim_v), dims * spec.dtype.itemsize)
+    vector = blocks * _vector_clocks(spec, target, config)
     # One chain of product, softmax, product overlaps with nothing; other blocks fill its gaps fully, the other
     # warpgroups of a block, which meet at its barriers, in part.
     chains = blocks * (1 + 0.5 * (max(1, config.num_warps * target.warp_size // 128) - 1))
@@ -181,12 +211,12 @@ def _tile_clocks(problem: Problem, target: GpuTarget, config: TritonForwardConfi
 def _matrix_clocks(problem: Problem, target: GpuTarget, config: TritonForwardConfig) -> float:
     """Return the clocks of both products of one step at the rate that the tile's shape reaches."""
     spec = problem.spec
-    dims = _padded(spec.head_dim_qk) + _padded(spec.head_dim_v)
+    dims = _padded(spec.head_dim_qk, config) + _padded(spec.head_dim_v, config)
     flops_per_clock = target.tflops_16bit * 1e12 / (target.num_sms * _CLOCK_HZ)
     if spec.dtype is DType.FP32:
         # ieee products run on the vector units.
         return 2 * config.block_m * config.block_n * dims / (2 * _LANES_PER_CLOCK)
-    clocks = 2 * config.block_m * config.block_n * dims / flops_per_clock
+    clocks = 2 * config.block_m * config.block_n * dims / (flops_per_clock * _matrix_rate(spec.dtype))
     if target.capability < 90 or target.capability >= 120:
         # A warp's product has 16 rows at least.
         return clocks * max(1.0, 16 * config.num_warps / config.block_m)
@@ -196,26 +226,33 @@ def _matrix_clocks(problem: Problem, target: GpuTarget, config: TritonForwardCon
     rows_of_warpgroup = config.block_m / max(1.0, config.num_warps / 4)
     waste = max(1.0, math.sqrt(64 / rows_of_warpgroup))
     # S = Q K^T reads both operands from shared memory for every 64 rows.
-    operand_bytes = (config.block_m / 64) * (64 + config.block_n) * _padded(spec.head_dim_qk) * spec.dtype.itemsize
+    operand_bytes = (
+        (config.block_m / 64) * (64 + config.block_n) * _padded(spec.head_dim_qk, config) * spec.dtype.itemsize
+    )
     return max(clocks * waste, operand_bytes / _SMEM_BYTES_PER_CLOCK + clocks * waste / 2)
 
 
-def _vector_clocks(target: GpuTarget, config: TritonForwardConfig, head_dim_v: int, key_bytes: int) -> float:
+def _vector_clocks(spec: AttentionSpec, target: GpuTarget, config: TritonForwardConfig) -> float:
     """Return the clocks of the softmax of one step, of rescaling out, and of computing addresses."""
     scores = config.block_m * config.block_n
-    lanes = scores * _OPS_PER_SCORE + config.block_m * (head_dim_v + _OPS_PER_ROW)
+    features = {word.partition("=")[0] for word in spec.features} | ({"score_mod"} if spec.score_mod else set())
+    ops = _OPS_PER_SCORE + sum(_OPS_OF_FEATURE.get(name, 0) for name in features)
+    lanes = scores * ops + config.block_m * (_padded(spec.head_dim_v, config) + _OPS_PER_ROW)
+    # tanh takes the unit of exp2.
+    special = scores * (2 if spec.softcap else 1)
     # Address, predicate and issue for every 16 bytes that a thread copies; a bulk copy takes one thread.
+    key_bytes = (_padded(spec.head_dim_qk, config) + _padded(spec.head_dim_v, config)) * spec.dtype.itemsize
     copies = 0.0 if _bulk_copies(target, config) else config.block_n * key_bytes / 16 * 6
     # One warp on each of the four schedulers cannot cover its own latencies.
     warps = config.num_warps * target.warp_size / 128
     latency = 1.0 + 0.25 / warps
-    return (max(scores / _EXP_PER_CLOCK, lanes / _LANES_PER_CLOCK) + copies / _LANES_PER_CLOCK) * latency
+    return (max(special / _EXP_PER_CLOCK, lanes / _LANES_PER_CLOCK) + copies / _LANES_PER_CLOCK) * latency
 
 
 def _bulk_copies(target: GpuTarget, config: TritonForwardConfig) -> bool:
     return config.loads == "descriptor" and target.has_tma
 
 
-def _padded(head_dim: int) -> int:
-    """Return the width that a tile of the template has: the next power of two."""
-    return 1 << (head_dim - 1).bit_length()
+def _padded(head_dim: int, config: TritonForwardConfig) -> int:
+    """Return how many columns the tiles of the template have together."""
+    return sum(head_tiles(head_dim, config.head_tiles))

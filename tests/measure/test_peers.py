@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from flashgen.measure import accuracy_error, random_inputs
+from flashgen.measure import accuracy_error, random_extras, random_inputs
 from flashgen.measure.peers import PEERS, default_baselines
 from flashgen.spec import parse_problem
 
 PROBLEM = parse_problem("b=1 h=2 s=16 d=16 causal fp16")
+EXTRAS = random_extras(PROBLEM, device="cpu", seed=0)
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_says_that_it_needs_a_gpu(name: str) -> None:
     q, k, v = random_inputs(PROBLEM, device="cpu", seed=0)
-    answer = PEERS[name].make(q, k, v, PROBLEM)
+    answer = PEERS[name].make(q, k, v, PROBLEM, EXTRAS)
     assert isinstance(answer, str)
     assert name in answer
     assert "GPU" in answer
@@ -50,12 +51,32 @@ REFUSED = {
 def test_peers_agree_with_the_reference_or_refuse(name: str, case: str) -> None:
     problem = parse_problem(CASES[case])
     q, k, v = random_inputs(problem, device="cuda", seed=0)
-    run = PEERS[name].make(q, k, v, problem)
+    extras = random_extras(problem, device="cuda", seed=0)
+    run = PEERS[name].make(q, k, v, problem, extras)
     if (name, case) in REFUSED:
         assert isinstance(run, str)
         assert name in run
         return
     assert not isinstance(run, str), run
-    scale = problem.spec.head_dim_qk**-0.5
-    report = accuracy_error(run(), None, q, k, v, mask=problem.spec.mask, softmax_scale=scale)
+    report = accuracy_error(run(), None, q, k, v, spec=problem.spec, extras=extras)
     assert report.ok, f"{name}: {report.reason}"
+
+
+FLEX_CASES = (
+    "b=2 hq=4 hkv=2 s=256 d=64 sliding_window(60,0) bf16",
+    "b=2 hq=4 hkv=2 s=256 d=64 causal&document bf16",
+    "b=2 h=4 sq=100 sk=260 d=64 global_tokens(20)|sliding_window(30,30) bf16",
+    "b=2 hq=4 hkv=2 s=256 d=64 causal softcap alibi bias=input bf16",
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", FLEX_CASES)
+def test_flex_computes_the_features_too(text: str) -> None:
+    problem = parse_problem(text)
+    q, k, v = random_inputs(problem, device="cuda", seed=0)
+    extras = random_extras(problem, device="cuda", seed=0)
+    run = PEERS["flex"].make(q, k, v, problem, extras)
+    assert not isinstance(run, str), run
+    report = accuracy_error(run(), None, q, k, v, spec=problem.spec, extras=extras)
+    assert report.ok, report.reason

@@ -120,6 +120,65 @@ def test_more_work_never_takes_less_time() -> None:
     assert causal < full
 
 
+def test_less_to_see_never_takes_longer() -> None:
+    config = make_config((128, 64, 8, 2))
+    masks = ("sliding_window(127,0)", "sliding_window(1023,0)", "causal", "full")
+    problems = [parse_problem(f"b=1 h=16 s=16384 d=128 {mask}") for mask in masks]
+    times = [predict_us(problem, H200, config, 128, 98336).us for problem in problems]
+    assert times == sorted(times)
+    assert times[0] < times[2] / 8
+    floors = [floor_us(problem, H200).us for problem in problems]
+    assert all(floor < time for floor, time in zip(floors, times, strict=True))
+
+
+def test_a_tile_walks_over_the_keys_of_its_window() -> None:
+    # 128 rows under a window of 128 keys see 255 of them: two or three tiles of 128 keys each, whatever the length.
+    config = make_config((128, 128, 8, 2))
+    times = [
+        predict_us(parse_problem(f"b=1 h=64 s={s} d=64 sliding_window(127,0)"), H200, config, 156, 81952).us
+        for s in (8192, 16384, 32768)
+    ]
+    assert (times[2] - times[1]) == pytest.approx(2 * (times[1] - times[0]), rel=0.1)
+
+
+def test_where_only_data_can_tell_every_key_is_counted() -> None:
+    config = make_config((128, 64, 8, 2))
+    documents, plain = (parse_problem(f"b=2 h=16 s=2048 d=128 {mask}") for mask in ("document&causal", "full"))
+    assert floor_us(documents, H200) == floor_us(plain, H200)
+    assert predict_us(documents, H200, config, 128, 98336) == predict_us(plain, H200, config, 128, 98336)
+
+
+def test_packed_sequences_take_less_than_as_many_of_the_longest() -> None:
+    config = make_config((128, 64, 8, 2))
+    for mask in ("full", "causal"):
+        text = f"b=8 h=16 s=4096 d=128 {mask}"
+        dense, packed = (parse_problem(f"{text} {word}") for word in ("bf16", "varlen"))
+        dense_us, packed_us = (predict_us(problem, H200, config, 128, 98336).us for problem in (dense, packed))
+        assert dense_us / 3 < packed_us < dense_us
+        assert floor_us(packed, H200).us < packed_us
+
+
+def test_features_never_make_a_tile_cheaper() -> None:
+    config = make_config((128, 64, 8, 2))
+    plain = predict_us(PREFILL[128, "causal"], H200, config, 128, 98336).us
+    for words in ("softcap", "alibi", "dropout", "bias=input", "score_mod('return score * 0.5')"):
+        assert predict_us(parse_problem(f"{PREFILL[128, 'causal']} {words}"), H200, config, 128, 98336).us > plain
+
+
+def test_matrix_rates() -> None:
+    us = {
+        dtype: floor_us(parse_problem(f"b=4 h=16 s=4096 d=128 {dtype}"), H200).compute_us
+        for dtype in ("fp16", "bf16", "fp32", "tf32", "fp8")
+    }
+    assert us["fp16"] == us["bf16"] == 2 * us["fp8"] == us["tf32"] / 2 == us["fp32"] / 2
+    ranked = [
+        predict_us(parse_problem(f"b=4 h=16 s=4096 d=128 {dtype}"), H200, make_config((128, 64, 8, 1)), 128, 90000).us
+        for dtype in ("fp8", "bf16", "tf32", "fp32")
+    ]
+    assert ranked == sorted(ranked)
+    assert len(set(ranked)) == 4
+
+
 def test_one_block_too_many_costs_a_wave() -> None:
     config = make_config((128, 64, 8, 2))
     whole, over = (predict_us(parse_problem(f"b=1 h={h} s=128 d=128"), H200, config, 128, 98336) for h in (264, 265))
