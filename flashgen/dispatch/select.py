@@ -9,6 +9,7 @@ from pathlib import Path
 from flashgen.codegen import KernelConfig, is_current
 from flashgen.codegen.constraints import check_config
 from flashgen.dispatch.distance import same_regime, shape_distance
+from flashgen.dispatch.features import feature_gap, shown_spec
 from flashgen.dispatch.selection import RUNGS, Refusal, Rung, Selection
 from flashgen.errors import ConfigError, NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
@@ -17,6 +18,10 @@ from flashgen.spec import Problem
 from flashgen.target import GpuTarget, Software
 
 Usable = collections.abc.Callable[[KernelConfig], "str | None"]
+
+# There may be hundreds of entries for other features, and none speaks of the very problem. Trying one renders its code.
+_MAX_RELATED_TRIED = 16
+_MAX_RELATED_LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class _Candidate:
     label: str
     entry: RegistryEntry | None = None
     path: Path | None = None
+    differences: tuple[str, ...] = ()
 
 
 def select(
@@ -38,9 +44,12 @@ def select(
     config: KernelConfig | None = None,
     usable: Usable = lambda config: None,
 ) -> Selection:
-    """Return the config to run: explicit, exact, other software, nearest, other device, predicted, heuristic, safe.
+    """Return the config to run: explicit, exact, other software, nearest, other device, other features, predicted, ...
 
-    Within a rung the nearer entry wins, then the earlier in the search path.
+    After these come heuristics and a safe default; `RUNGS` lists them all. Within a rung the nearer entry wins, then
+    the earlier in the search path. Entries for another mask or other features come after those of another device,
+    which ran the very code that is asked for under the same limits of registers and shared memory, and before
+    predictions, which ran nowhere.
 
     Args:
         software: versions at hand; entries measured under others rank lower.
@@ -56,41 +65,88 @@ def select(
         if reasons:
             raise ConfigError(f"config {config} cannot run {problem} on {target}: {'; '.join(reasons)}")
         return Selection(problem=problem, target=target, config=config, rung="explicit")
-    refused: list[Refusal] = []
-    tuned = _registry_candidates(problem, target, registry, software, refused)
-    for rank, candidate in enumerate([*tuned, *_untuned_candidates(problem, target)]):
-        reason = _first(check_config(candidate.config, problem.spec, target)) or usable(candidate.config)
-        if reason is None:
-            return Selection(
-                problem=problem,
-                target=target,
-                config=candidate.config,
-                rung=candidate.rung,
-                entry=candidate.entry,
-                path=candidate.path,
-                distance=candidate.distance,
-                refused=(*refused, *map(_ranks_lower, tuned[rank + 1 :])),
-            )
-        refused.append(Refusal(candidate=candidate.label, reason=reason))
-    listing = "\n  ".join(map(str, refused))
-    raise NoKernelError(f"no kernel can run {problem} on {target}; refused:\n  {listing}")
+    ladder = _Ladder(problem=problem, target=target, usable=usable)
+    own = _own_candidates(problem, target, registry, software, ladder.refused)
+    measured = [candidate for candidate in own if candidate.rung != "predicted"]
+    predicted = own[len(measured) :]
+    selection = (
+        ladder.first_of(measured, below=predicted)
+        or ladder.first_of(_related_candidates(problem, target, registry), below=predicted, listed=_MAX_RELATED_LISTED)
+        or ladder.first_of([*predicted, *_untuned_candidates(problem, target)])
+    )
+    if selection is None:
+        listing = "\n  ".join(map(str, ladder.refused))
+        raise NoKernelError(f"no kernel can run {problem} on {target}; refused:\n  {listing}")
+    return selection
 
 
-def _registry_candidates(
+@dataclasses.dataclass(kw_only=True)
+class _Ladder:
+    """One walk down the rungs, and what was refused on the way."""
+
+    problem: Problem
+    target: GpuTarget
+    usable: Usable
+    refused: list[Refusal] = dataclasses.field(default_factory=list)
+
+    def first_of(
+        self,
+        candidates: collections.abc.Sequence[_Candidate],
+        below: collections.abc.Sequence[_Candidate] = (),
+        listed: int | None = None,
+    ) -> Selection | None:
+        """Return the first candidate that can run, or None.
+
+        Args:
+            candidates: best first.
+            below: entries that rank lower still.
+            listed: how many refusals of `candidates` are told at most.
+        """
+        refused: list[Refusal] = []
+        for rank, candidate in enumerate(candidates):
+            reason = self._refusal(candidate)
+            if reason is None:
+                refused += [_ranks_lower(other) for other in candidates[rank + 1 :] if other.entry]
+                return Selection(
+                    problem=self.problem,
+                    target=self.target,
+                    config=candidate.config,
+                    rung=candidate.rung,
+                    entry=candidate.entry,
+                    path=candidate.path,
+                    distance=candidate.distance,
+                    differences=candidate.differences,
+                    refused=(*self.refused, *_shortened(refused, listed), *map(_ranks_lower, below)),
+                )
+            refused.append(Refusal(candidate=candidate.label, reason=reason))
+        self.refused += _shortened(refused, listed)
+        return None
+
+    def _refusal(self, candidate: _Candidate) -> str | None:
+        # Whether an entry for another spec is current is asked last of all: that renders the code of its spec.
+        stale = is_stale(candidate.entry) if candidate.entry and candidate.rung == "other features" else None
+        return (
+            stale
+            or _first(check_config(candidate.config, self.problem.spec, self.target))
+            or self.usable(candidate.config)
+        )
+
+
+def _own_candidates(
     problem: Problem, target: GpuTarget, registry: Registry, software: Software, refused: list[Refusal]
 ) -> list[_Candidate]:
+    """Return the entries for the spec, best first; those that do not fit go to `refused`."""
     found: list[_Candidate] = []
     for located in registry.candidates(problem.spec):
         entry = located.entry
-        reason = _mismatch(entry, problem, target)
+        reason = _mismatch(entry, problem, target) or is_stale(entry)
         if reason:
             refused.append(Refusal(candidate=_label(located), reason=reason))
             continue
-        distance = shape_distance(entry, problem.shape)
         found.append(
             _Candidate(
                 rung=_rung(entry, problem, target, software),
-                distance=distance,
+                distance=shape_distance(entry, problem.shape),
                 config=entry.config,
                 label=_label(located),
                 entry=entry,
@@ -99,6 +155,36 @@ def _registry_candidates(
         )
     # A stable sort: equals stay in the order of the search path.
     return sorted(found, key=lambda c: (RUNGS.index(c.rung), c.distance))
+
+
+def _related_candidates(problem: Problem, target: GpuTarget, registry: Registry) -> list[_Candidate]:
+    """Return what was measured on this device for other masks or features, the likest first, then the nearest."""
+    found: list[tuple[float, _Candidate]] = []
+    for located in registry.related(problem.spec):
+        entry = located.entry
+        on_device = entry.device_name == target.device_name and entry.origin == "measured"
+        if not on_device or _mismatch(entry, problem, target):
+            continue
+        gap = feature_gap(entry.spec, problem.spec)
+        candidate = _Candidate(
+            rung="other features",
+            distance=shape_distance(entry, problem.shape),
+            config=entry.config,
+            label=f"{_label(located)} for {shown_spec(entry.spec)}",
+            entry=entry,
+            path=located.path,
+            differences=gap.differences,
+        )
+        found.append((gap.cost, candidate))
+    likest = sorted(found, key=lambda pair: (pair[0], pair[1].distance))[:_MAX_RELATED_TRIED]
+    return [candidate for _, candidate in likest]
+
+
+def _shortened(refused: list[Refusal], limit: int | None) -> list[Refusal]:
+    if limit is None or len(refused) <= limit:
+        return refused
+    more = Refusal(candidate=f"and {len(refused) - limit} more", reason="entries for other features")
+    return [*refused[:limit], more]
 
 
 def is_stale(entry: RegistryEntry) -> str | None:
@@ -114,7 +200,7 @@ def _mismatch(entry: RegistryEntry, problem: Problem, target: GpuTarget) -> str 
         return f"compiled for {entry.arch}, not {target.arch}"
     if not entry.range.covers(problem.shape) and not same_regime(entry, problem.shape):
         return "measured in another regime (decode, short, long)"
-    return is_stale(entry)
+    return None
 
 
 def _rung(entry: RegistryEntry, problem: Problem, target: GpuTarget, software: Software) -> Rung:

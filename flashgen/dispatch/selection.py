@@ -12,7 +12,15 @@ from flashgen.spec import Problem
 from flashgen.target import GpuTarget
 
 Rung = typing.Literal[
-    "explicit", "exact", "other software", "nearest", "other device", "predicted", "heuristic", "safe default"
+    "explicit",
+    "exact",
+    "other software",
+    "nearest",
+    "other device",
+    "other features",
+    "predicted",
+    "heuristic",
+    "safe default",
 ]
 RUNGS: tuple[Rung, ...] = typing.get_args(Rung)
 
@@ -22,6 +30,7 @@ _MEANING: dict[Rung, str] = {
     "other software": "measured on this device at these sizes, under other versions",
     "nearest": "measured on this device, at the nearest sizes of the same regime",
     "other device": "measured on another device of this architecture",
+    "other features": "measured on this device for another mask or other features, same dtype and head dimensions",
     "predicted": "ranked by a model and checked in the interpreter, never timed on a GPU",
     "heuristic": "nothing tuned fits; a config that usually does well here",
     "safe default": "nothing tuned fits; a small config that runs anywhere",
@@ -51,7 +60,9 @@ class Selection:
         entry: the registry entry it comes from, or None.
         path: the entry's file, or None.
         distance: how far the sizes are from what was measured, in powers of two; 0 inside the measured range.
-        refused: every other registry entry for the spec, and what failed of the rest, each with the reason.
+        differences: on the rung `other features`, how the entry's spec differs from the problem's, a phrase each.
+        refused: every other registry entry for the spec, and what failed of the rest, each with the reason. Entries for
+            other specs are looked at only where none for the spec can run, and only the first few are listed.
     """
 
     problem: Problem
@@ -61,6 +72,7 @@ class Selection:
     entry: RegistryEntry | None = None
     path: Path | None = None
     distance: float = 0.0
+    differences: tuple[str, ...] = ()
     refused: tuple[Refusal, ...] = ()
 
     @property
@@ -83,6 +95,7 @@ class Selection:
                 f"{'timed' if self.origin == 'measured' else 'predicted':9} {performance.median_us:g} us, "
                 f"{performance.tflops:g} TFLOP/s" + _baseline(performance.baseline, performance.baseline_us),
             ]
+        lines += [f"differs   {difference}" for difference in self.differences]
         lines += [f"refused   {refusal}" for refusal in self.refused]
         return "\n".join(lines)
 

@@ -1,7 +1,8 @@
 """The attention problems of a model, from the raw JSON of its Hugging Face `config.json`; imports no model library.
 
-Only what this version computes exactly becomes a problem: self-attention of a prefill, full or causal. Everything else
-(sliding windows shorter than the sequence, softcapping, sinks, ...) is named in `ModelProblems.skipped`.
+Only what this version computes exactly becomes a problem: self-attention of a prefill, full or causal, with sliding
+windows, chunks, softcapping, ALiBi and sinks. Everything else (relative position bias, block-sparse attention, layers
+that are no attention, ...) is named in `ModelProblems.skipped`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flashgen.errors import InputError
-from flashgen.integrations.model_layers import attention_layers, dtype_of, mask_of, text_part
-from flashgen.spec import AttentionSpec, DType, Problem, Shape
+from flashgen.integrations.model_layers import attention_layers, dtype_of, text_part
+from flashgen.spec import DType, Problem, Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,11 +83,10 @@ def problems_from_config(
     text = text_part(config)
     layers, skipped = attention_layers(text)
     element = dtype or dtype_of(text)
-    mask = mask_of(text)
     problems: dict[Problem, None] = {}
     for layer in layers:
         try:
-            spec = AttentionSpec(dtype=element, head_dim_qk=layer.head_dim_qk, head_dim_v=layer.head_dim_v, mask=mask)
+            specs = {seqlen: layer.spec(seqlen, element) for seqlen in seqlens}
         except InputError as error:
             skipped.append(f"{layer.name}: {error}")
             continue
@@ -103,7 +103,7 @@ def problems_from_config(
                     nheads_q=layer.nheads_q,
                     nheads_kv=layer.nheads_kv,
                 )
-                problems[Problem(spec=spec, shape=shape)] = None
+                problems[Problem(spec=specs[seqlen], shape=shape)] = None
     return ModelProblems(
         model_type=str(text.get("model_type", "unknown")), problems=tuple(problems), skipped=tuple(skipped)
     )

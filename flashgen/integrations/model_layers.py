@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from flashgen.errors import InputError
-from flashgen.spec import DType, Mask, causal, full, parse_dtype
+from flashgen.spec import AttentionSpec, DType, Mask, causal, full, parse_dtype
+from flashgen.spec.masks import chunked, sliding_window
 
 # One idea under the names that model families gave it.
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_query_heads")
@@ -36,13 +37,13 @@ _ENCODERS = frozenset(
     }
 )
 
-# Families whose attention has something that no key of the file tells, or that no layer goes without.
+# Families whose attention has something that no key of the file tells.
+_ALIBI = frozenset({"bloom"})
+_SINKS = frozenset({"gpt_oss"})
 _UNUSUAL: dict[str, str] = {
     "big_bird": "block-sparse attention",
-    "bloom": "ALiBi",
     "deberta": "disentangled attention",
     "deberta-v2": "disentangled attention",
-    "gpt_oss": "attention sinks",
     "longformer": "windowed attention with global tokens",
     "modernbert": "alternating local attention",
     "mpnet": "relative position bias",
@@ -62,7 +63,13 @@ class AttentionLayer:
         nheads_kv: key/value heads.
         head_dim_qk: columns of Q and K.
         head_dim_v: columns of V.
-        reach: the longest sequence over which the layer is plain full or causal attention; None is any length.
+        base: full or causal, what is seen in a sequence that is no longer than `span`.
+        window: what of it is seen in a longer one.
+        span: the longest sequence of which `window` hides nothing; None is any length.
+        softcap: scores are capped.
+        alibi: ALiBi is taken off the scores.
+        sinks: every head has a learned logit in its denominators.
+        reach: the longest sequence over which the layer is what is said here; None is any length.
     """
 
     name: str
@@ -70,7 +77,30 @@ class AttentionLayer:
     nheads_kv: int
     head_dim_qk: int
     head_dim_v: int
+    base: Mask
+    window: Mask
+    span: int | None
+    softcap: bool
+    alibi: bool
+    sinks: bool
     reach: int | None
+
+    def spec(self, seqlen: int, dtype: DType) -> AttentionSpec:
+        """Return what the layer computes in a prefill of `seqlen` tokens.
+
+        Raises:
+            InputError: for head dimensions that no spec takes.
+        """
+        hides = self.span is not None and seqlen > self.span
+        return AttentionSpec(
+            dtype=dtype,
+            head_dim_qk=self.head_dim_qk,
+            head_dim_v=self.head_dim_v,
+            mask=self.base & self.window if hides else self.base,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            sinks=self.sinks,
+        )
 
 
 def text_part(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -114,10 +144,6 @@ def _blocks(text: Mapping[str, object]) -> list[str]:
     model_type = str(text.get("model_type"))
     if model_type in _UNUSUAL:
         blocks.append(_UNUSUAL[model_type])
-    if text.get("attn_logit_softcapping"):
-        blocks.append(f"logit softcapping ({text['attn_logit_softcapping']})")
-    if text.get("alibi"):
-        blocks.append("ALiBi")
     if str(text.get("position_embedding_type", "")).startswith("relative"):
         blocks.append("relative position bias")
     return blocks
@@ -164,9 +190,22 @@ def _layer(text: Mapping[str, object], kind: str, index: int) -> AttentionLayer:
         dim_qk = dim_v = _head_dim(text, kind, heads, index)
     if heads % kv_heads:
         raise InputError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
-    name, reach = _reach(text, kind)
+    name, window, span = _window_of(text, kind)
+    top = _whole(text, ("index_topk",)) if span is None else None
+    model_type = text.get("model_type")
     return AttentionLayer(
-        name=name, nheads_q=heads, nheads_kv=kv_heads, head_dim_qk=dim_qk, head_dim_v=dim_v, reach=reach
+        name=f"sparse layers (top {top} keys)" if top else name,
+        nheads_q=heads,
+        nheads_kv=kv_heads,
+        head_dim_qk=dim_qk,
+        head_dim_v=dim_v,
+        base=full() if _bidirectional(text) else causal(),
+        window=window,
+        span=span,
+        softcap=bool(text.get("attn_logit_softcapping")),
+        alibi=bool(text.get("alibi")) or text.get("position_embedding_type") == "alibi" or model_type in _ALIBI,
+        sinks=model_type in _SINKS,
+        reach=top,
     )
 
 
@@ -191,21 +230,18 @@ def _head_dim(text: Mapping[str, object], kind: str, heads: int, index: int) -> 
     return hidden // heads
 
 
-def _reach(text: Mapping[str, object], kind: str) -> tuple[str, int | None]:
-    """Return the layer's name for people, and up to which length it is plain attention."""
+def _window_of(text: Mapping[str, object], kind: str) -> tuple[str, Mask, int | None]:
+    """Return the layer's name for people, its window or chunk, and up to which length that hides nothing."""
     if kind == "sliding_attention" and (window := _window(text)):
-        # A window of w sees the keys with i - j < w: all of them in a sequence of w. Looking both ways it is halved.
-        return f"sliding-window layers (window {window})", window // 2 + 1 if _bidirectional(text) else window
+        name = f"sliding-window layers (window {window})"
+        if _bidirectional(text):
+            half = window // 2
+            return name, sliding_window(half, half), half + 1
+        # A window of w keeps the keys with i - j < w, the query's own among them.
+        return name, sliding_window(window - 1, 0), window
     if kind == "chunked_attention" and (chunk := _whole(text, ("attention_chunk_size",))):
-        return f"chunked layers (chunk {chunk})", chunk
-    if top := _whole(text, ("index_topk",)):
-        return f"sparse layers (top {top} keys)", top
-    return "full-attention layers", None
-
-
-def mask_of(text: Mapping[str, object]) -> Mask:
-    """Return `full` for a model that looks both ways, else `causal`."""
-    return full() if _bidirectional(text) else causal()
+        return f"chunked layers (chunk {chunk})", chunked(chunk), chunk
+    return "full-attention layers", full(), None
 
 
 def _bidirectional(text: Mapping[str, object]) -> bool:
@@ -223,15 +259,18 @@ def dtype_of(text: Mapping[str, object]) -> DType:
     """Return the checkpoint's element type, bf16 where the file names none.
 
     Raises:
-        InputError: if no kernel takes that type.
+        InputError: if no kernel takes that type, or it is one of weights alone.
     """
     name = text.get("dtype", text.get("torch_dtype"))
     if not isinstance(name, str) or name == "auto":
         return DType.BF16
     try:
-        return parse_dtype(name)
+        dtype = parse_dtype(name)
     except InputError as error:
         raise InputError(f"the checkpoint's type: {error}; choose one instead") from error
+    if dtype is DType.FP8:
+        raise InputError(f"the checkpoint's weights are {name}, which says nothing of Q, K and V; choose their type")
+    return dtype
 
 
 def _whole(text: Mapping[str, object], names: Sequence[str], index: int = 0) -> int | None:

@@ -6,6 +6,7 @@ import typing
 
 from flashgen.codegen.config import config_from_dict
 from flashgen.codegen.kernel_resources import KernelResources
+from flashgen.errors import InputError
 from flashgen.registry.entry import (
     Accuracy,
     Interval,
@@ -16,6 +17,8 @@ from flashgen.registry.entry import (
     RunnerUp,
 )
 from flashgen.spec import AttentionSpec, parse_dtype, parse_mask
+from flashgen.spec.mods import ModFunction, parse_mod
+from flashgen.spec.text import with_features
 
 # Plain values are untyped by nature: this is the codec, and nothing past it sees them.
 Plain = typing.Mapping[str, typing.Any]
@@ -48,10 +51,19 @@ def entry_from_dict(content: Plain) -> RegistryEntry:
 
 
 def _spec(phase: typing.Any, fields: Plain) -> AttentionSpec:
-    return AttentionSpec(
+    spec = AttentionSpec(
         phase=phase,
         dtype=parse_dtype(fields["dtype"]),
         head_dim_qk=fields["head_dim_qk"],
         head_dim_v=fields["head_dim_v"],
         mask=parse_mask(fields["mask"]),
+        score_mod=_score_mod(fields["score_mod"]) if "score_mod" in fields else None,
     )
+    return with_features(spec, fields.get("features", ()))
+
+
+def _score_mod(text: str) -> ModFunction:
+    function = parse_mod(text)
+    if function.role != "score":
+        raise InputError(f"score_mod must be the text of a score_mod, got that of a {function.role}_mod")
+    return function

@@ -197,17 +197,11 @@ class RegistryEntry:
 
     def as_dict(self) -> dict[str, object]:
         """Return the content as plain values, in the order they are written; `codec.entry_from_dict` reads it."""
-        spec = self.spec
         return {
             "device": self.device_name,
             "arch": self.arch,
-            "phase": spec.phase,
-            "spec": {
-                "dtype": spec.dtype.value,
-                "head_dim_qk": spec.head_dim_qk,
-                "head_dim_v": spec.head_dim_v,
-                "mask": str(spec.mask),
-            },
+            "phase": self.spec.phase,
+            "spec": _spec_as_dict(self.spec),
             "range": {name: list(pair) for name, pair in zip(RANGE_AXES, self.range.bounds(), strict=True)},
             "origin": self.origin,
             "config": self.config.as_dict(),
@@ -221,6 +215,21 @@ class RegistryEntry:
     def digest(self) -> str:
         """Return 16 hex digits that change with any part of the content."""
         return digest_of(self.as_dict())
+
+
+def _spec_as_dict(spec: AttentionSpec) -> dict[str, object]:
+    # What is absent has its default: entries older than a feature keep their digest.
+    content: dict[str, object] = {
+        "dtype": spec.dtype.value,
+        "head_dim_qk": spec.head_dim_qk,
+        "head_dim_v": spec.head_dim_v,
+        "mask": str(spec.mask),
+    }
+    if spec.score_mod is not None:
+        content["score_mod"] = str(spec.score_mod)
+    if spec.features:
+        content["features"] = list(spec.features)
+    return content
 
 
 def digest_of(content: typing.Mapping[str, object]) -> str:

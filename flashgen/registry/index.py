@@ -1,6 +1,6 @@
 """A JSON index beside each YAML file: parsing 2,000 entries takes a second, looking them up here milliseconds.
 
-Rows stay undecoded text, grouped by spec, until a spec is asked for.
+Rows stay undecoded text, grouped by spec, until a spec or one of its family is asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flashgen.registry.contents import FileContents, FileIssue
 from flashgen.registry.entry import RegistryEntry
 from flashgen.spec import AttentionSpec
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_FOLDER = "registry-index"
 
 Groups = dict[str, tuple[RegistryEntry, ...]]
@@ -45,7 +45,14 @@ class IndexedFile:
     def candidates(self, spec: AttentionSpec) -> tuple[RegistryEntry, ...]:
         """Return the entries for `spec.tuning_key()`, sorted by range."""
         wanted = spec.tuning_key()
-        return tuple(entry for entry in self._group(str(wanted)) if entry.spec == wanted)
+        return tuple(entry for entry in self._group(_key(wanted)) if entry.spec == wanted)
+
+    def related(self, spec: AttentionSpec) -> tuple[RegistryEntry, ...]:
+        """Return the entries of `spec`'s family for any other spec; see `Registry.related`."""
+        wanted = spec.tuning_key()
+        # Decoding may replace the blocks: the keys are listed first.
+        keys = [key for key in (self._blocks or self._groups) if key.startswith(_family(wanted))]
+        return tuple(entry for key in keys for entry in self._group(key) if entry.spec != wanted)
 
     def entries(self) -> tuple[RegistryEntry, ...]:
         """Return every entry, sorted."""
@@ -88,8 +95,17 @@ def _parse_yaml(path: Path) -> FileContents:
 def _grouped(entries: typing.Iterable[RegistryEntry]) -> Groups:
     groups: dict[str, list[RegistryEntry]] = {}
     for entry in entries:
-        groups.setdefault(str(entry.spec), []).append(entry)
+        groups.setdefault(_key(entry.spec), []).append(entry)
     return {key: tuple(group) for key, group in groups.items()}
+
+
+def _family(spec: AttentionSpec) -> str:
+    """Return what specs must share for the winners of one to say something about another."""
+    return f"{spec.phase} {spec.dtype} {spec.head_dim_qk} {spec.head_dim_v} {'varlen' if spec.varlen else 'dense'}: "
+
+
+def _key(spec: AttentionSpec) -> str:
+    return f"{_family(spec)}{spec}"
 
 
 def _stamp(path: Path) -> list[int] | None:

@@ -31,4 +31,5 @@ def _better(a: RegistryEntry, b: RegistryEntry) -> RegistryEntry:
 def _order(entry: RegistryEntry) -> tuple[object, ...]:
     spec = entry.spec
     dims = (spec.head_dim_qk, spec.head_dim_v)
-    return entry.device_name, entry.arch, spec.phase, spec.dtype.value, dims, str(spec.mask), entry.range.bounds()
+    meaning = (str(spec.mask), str(spec.score_mod or ""), spec.features)
+    return entry.device_name, entry.arch, spec.phase, spec.dtype.value, dims, meaning, entry.range.bounds()

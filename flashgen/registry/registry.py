@@ -55,6 +55,17 @@ class Registry:
             for entry in file.candidates(spec)
         )
 
+    def related(self, spec: AttentionSpec) -> tuple[Located, ...]:
+        """Return the entries for other masks or features than `spec.tuning_key()`, in search order.
+
+        They share its phase, dtype and head dimensions, and packed sequences keep to themselves.
+        """
+        return tuple(
+            Located(entry=entry, location=location, path=file.path)
+            for location, file in self._files
+            for entry in file.related(spec)
+        )
+
 
 def load(locations: typing.Iterable[Location]) -> Registry:
     """Return the registry of all files in `locations`; damage becomes `issues`, and nothing is raised.

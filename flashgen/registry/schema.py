@@ -15,6 +15,9 @@ FORMAT = 1
 MAX_ENTRIES = 10_000
 MAX_RUNNERS_UP = 16
 MAX_TEXT = 200
+MAX_CODE = 20_000
+"""Characters of a mask or score_mod, which may hold a function."""
+MAX_FEATURES = 16
 MAX_CONFIG_FIELDS = 32
 
 
@@ -40,6 +43,7 @@ def _printable(text: str) -> str:
 
 
 Text = typing.Annotated[str, pydantic.Field(min_length=1, max_length=MAX_TEXT), pydantic.AfterValidator(_printable)]
+Code = typing.Annotated[str, pydantic.Field(min_length=1, max_length=MAX_CODE), pydantic.AfterValidator(_printable)]
 Count = typing.Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 Number = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Bounds = typing.Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]
@@ -60,12 +64,15 @@ class HeaderModel(_Model):
 
 
 class SpecModel(_Model):
-    """What an entry computes."""
+    """What an entry computes; what is absent has its default."""
 
     dtype: Text
     head_dim_qk: Count
     head_dim_v: Count
-    mask: Text
+    mask: Code
+    # Defaults are not validated: given at all, neither may be empty or null.
+    score_mod: Code = ""
+    features: typing.Annotated[list[Text], pydantic.Field(min_length=1, max_length=MAX_FEATURES)] = []
 
 
 class RangeModel(_Model):
@@ -171,7 +178,7 @@ def read_entry(header: HeaderModel, content: object) -> RegistryEntry:
     try:
         return entry_from_dict(body)
     except (InputError, ConfigError) as error:
-        raise EntryError(str(error)) from error
+        raise EntryError(_one_line(str(error))) from error
 
 
 _ModelT = typing.TypeVar("_ModelT", bound=_Model)
@@ -184,6 +191,11 @@ def _validate(model: type[_ModelT], content: object) -> _ModelT:
         first = error.errors(include_url=False, include_context=False)[0]
         got = "" if first["type"] == "missing" else f", got {_shortened(first['input'])}"
         raise EntryError(f"{first['msg']}{got}", first["loc"]) from None
+
+
+def _one_line(text: str) -> str:
+    # An error about a mask's function quotes it over several lines, with what its escapes stand for.
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _shortened(value: object) -> str:

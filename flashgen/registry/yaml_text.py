@@ -11,7 +11,7 @@ from flashgen.errors import RegistryError
 from flashgen.registry.contents import FileContents, FileIssue
 from flashgen.registry.entry import RegistryEntry
 from flashgen.registry.merging import merge
-from flashgen.registry.schema import FORMAT, MAX_ENTRIES, MAX_TEXT, EntryError, read_entry, read_header
+from flashgen.registry.schema import FORMAT, MAX_CODE, MAX_ENTRIES, EntryError, read_entry, read_header
 
 MAX_FILE_BYTES = 8 * 2**20
 MAX_DEPTH = 8
@@ -19,6 +19,8 @@ MAX_DEPTH = 8
 MAX_EVENTS = 1_500_000
 
 _HEADING = "# Tuned attention kernels of one GPU and phase, written by flashgen. An edited entry fails its digest.\n"
+# No line is ever broken: that of an entry's spec may hold two functions, each character escaped.
+_WIDTH = 2**20
 _STR_TAG = "tag:yaml.org,2002:str"
 _MAP_TAG = "tag:yaml.org,2002:map"
 _VALUE_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null"))
@@ -56,7 +58,7 @@ def dump(entries: typing.Sequence[RegistryEntry]) -> bytes:
         body = {name: _Line(value) if isinstance(value, dict) else value for name, value in content.items()}
         body["runners_up"] = [_Line(r) for r in typing.cast("list[dict[str, object]]", body["runners_up"])]
         bodies.append(body | {"digest": entry.digest()})
-    text = yaml.dump(head | {"entries": bodies}, Dumper=_Dumper, sort_keys=False, width=10_000, allow_unicode=False)
+    text = yaml.dump(head | {"entries": bodies}, Dumper=_Dumper, sort_keys=False, width=_WIDTH, allow_unicode=False)
     return (_HEADING + text).encode()
 
 
@@ -97,8 +99,8 @@ def _guard(text: str) -> None:
             depth -= 1
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
             reason = f"anchors and aliases are not allowed, got {event.anchor[:60]!r}"
-        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_TEXT:
-            reason = f"a value is longer than {MAX_TEXT} characters"
+        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_CODE:
+            reason = f"a value is longer than {MAX_CODE} characters"
         elif depth > MAX_DEPTH:
             reason = f"nested deeper than {MAX_DEPTH} levels"
         elif count >= MAX_EVENTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import typing
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from flashgen.dispatch import RUNGS, is_stale, select
 from flashgen.errors import ConfigError, NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
 from flashgen.registry import Registry, RegistryEntry
-from flashgen.spec import parse_problem
+from flashgen.spec import AttentionSpec, parse_problem
 from flashgen.target import Software, named_target
 
 MakeEntry = Callable[..., RegistryEntry]
@@ -34,6 +35,10 @@ def at(seqlen: int) -> str:
     return f"b=4 hq=32 hkv=8 s={seqlen} d=128 causal bf16"
 
 
+def spec_of(words: str) -> AttentionSpec:
+    return parse_problem(f"h=8 s=4096 d=128 {words}").spec
+
+
 def ladder(make_entry: MakeEntry) -> dict[str, RegistryEntry]:
     other = Software(flashgen="0.1.0", triton="3.8.0", torch="2.13.0", driver="580.1")
     return {
@@ -41,6 +46,7 @@ def ladder(make_entry: MakeEntry) -> dict[str, RegistryEntry]:
         "other software": make_entry(config=config(2), software=other),
         "nearest": make_entry(8192, config=config(3)),
         "other device": make_entry(config=config(4), device_name="NVIDIA H100 80GB HBM3"),
+        "other features": make_entry(config=config(6), spec=spec_of("full")),
         "predicted": make_entry(config=config(5), origin="predicted"),
     }
 
@@ -59,9 +65,9 @@ def test_rungs_in_order(make_entry: MakeEntry, make_registry: MakeRegistry, soft
         assert selection.entry == entries[best]
         assert selection.origin == entries[best].origin
         assert selection.path is not None
-        # What was not taken is listed all the same.
+        # What was not taken is listed all the same; entries for other specs are not looked at before they are needed.
         assert [refusal.reason.split(",")[0] for refusal in selection.refused] == [
-            f"ranks lower: {name}" for name in reversed(names)
+            f"ranks lower: {name}" for name in reversed(names) if name != "other features"
         ]
     selection = select(PROBLEM, H200, registry=EMPTY, software=software)
     assert selection.rung == "heuristic"
@@ -102,12 +108,113 @@ def test_lse_finds_the_entry_of_the_spec_without(
     assert selection.problem.spec.lse
 
 
-@pytest.mark.parametrize("text", ["d=64 causal bf16", "d=128 full bf16", "d=128 causal fp16", "d=128 dv=64 causal"])
-def test_another_spec_is_never_taken(
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("d=64 causal bf16", "d=128 causal fp16", "d=128 causal fp32", "d=128 causal tf32", "d=128 causal fp8"),
+        *("d=128 dv=64 causal", "d=128 causal varlen bf16", "d=128 full varlen bf16"),
+    ],
+)
+def test_another_family_is_never_taken(
     make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, text: str
 ) -> None:
     problem = parse_problem(f"b=4 hq=32 hkv=8 s=4096 {text}")
     assert select(problem, H200, registry=make_registry(make_entry()), software=software).entry is None
+
+
+@pytest.mark.parametrize(("measured", "asked"), [("fp32", "tf32"), ("tf32", "fp32"), ("bf16", "fp8")])
+def test_how_products_are_computed_is_never_shared(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, measured: str, asked: str
+) -> None:
+    registry = make_registry(make_entry(spec=spec_of(f"causal {measured}")))
+    problem = parse_problem(f"b=4 hq=32 hkv=8 s=4096 d=128 causal {asked}")
+    assert select(problem, H200, registry=registry, software=software).entry is None
+
+
+def test_other_features_say_what_differs(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    registry = make_registry(make_entry(8192, spec=spec_of("causal"), config=config(1)))
+    problem = parse_problem(f"{at(4096)} softcap lse")
+    selection = select(problem, H200, registry=registry, software=software)
+    assert (selection.rung, selection.config, selection.distance) == ("other features", config(1), 2.0)
+    assert selection.differences == ("measured without softcap",)
+    text = str(selection)
+    for part in ("other features: measured on this device for another mask", "differs   measured without softcap"):
+        assert part in text
+    exact = select(parse_problem(at(8192)), H200, registry=registry, software=software)
+    assert (exact.rung, exact.differences) == ("exact", ())
+    assert "differs" not in str(exact)
+
+
+def test_the_likest_features_win_then_the_nearest_sizes(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    words = ("causal", "sliding_window(1023,0)", "sliding_window(255,0)", "sliding_window(127,0) alibi")
+    entries = [make_entry(config=config(number), spec=spec_of(text)) for number, text in enumerate(words)]
+    far = make_entry(16384, config=config(9), spec=spec_of(words[2]))
+    problem = parse_problem("b=4 hq=32 hkv=8 s=4096 d=128 sliding_window(127,0)")
+    selection = select(problem, H200, registry=make_registry(far, *entries), software=software)
+    assert selection.config == config(2)
+    assert [refusal.candidate.split(" for ")[1] for refusal in selection.refused] == [
+        *("sliding_window(255,0)", "sliding_window(1023,0)", "causal", "sliding_window(127,0) alibi"),
+    ]
+    assert all(refusal.reason.startswith("ranks lower: other features, ") for refusal in selection.refused)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device_name": "NVIDIA H100 80GB HBM3"},
+        {"arch": "sm_100", "device_name": "NVIDIA B200"},
+        {"origin": "predicted"},
+        {"seqlen": 512},
+        {"seqlen_q": 1},
+    ],
+    ids=str,
+)
+def test_other_features_are_of_this_device_measured_and_of_this_regime(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, change: dict[str, typing.Any]
+) -> None:
+    registry = make_registry(make_entry(spec=spec_of("full"), **change))
+    selection = select(PROBLEM, H200, registry=registry, software=software)
+    assert (selection.rung, selection.refused) == ("heuristic", ())
+
+
+def test_an_entry_for_other_features_is_held_to_its_own_code(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    stale = make_entry(spec=spec_of("full"), digest="0123456789abcdef", config=config(1))
+    fresh = make_entry(spec=spec_of("sliding_window(127,0)"), config=config(2))
+    problem = parse_problem(f"{at(4096)} softcap")
+    selection = select(problem, H200, registry=make_registry(stale, fresh), software=software)
+    assert (selection.rung, selection.config) == ("other features", config(2))
+    (refusal,) = selection.refused
+    assert "stale" in refusal.reason
+    assert refusal.candidate.endswith("for full")
+
+
+def test_other_features_do_not_flood(make_entry: MakeEntry, make_registry: MakeRegistry, software: Software) -> None:
+    windows = [make_entry(spec=spec_of(f"sliding_window({2**i},0)"), config=config(i)) for i in range(5, 13)]
+    own = make_entry(config=config(1), device_name="NVIDIA H100 80GB HBM3", origin="predicted")
+    registry = make_registry(*windows, own)
+    selection = select(PROBLEM, H200, registry=registry, software=software)
+    assert selection.rung == "other features"
+    assert len(selection.refused) == 5 + 1 + 1
+    assert str(selection.refused[5]) == "and 2 more: entries for other features"
+    assert selection.refused[6].reason.startswith("ranks lower: predicted")
+    many = make_registry(*(make_entry(512 + i, spec=spec_of("full"), config=config(i)) for i in range(1, 41)))
+    asked: list[KernelConfig] = []
+    with pytest.raises(NoKernelError, match="and 11 more: entries for other features"):
+        select(PROBLEM, H200, registry=many, software=software, usable=lambda c: asked.append(c) or "strides")
+    assert len([c for c in asked if c.head_group >= 1000]) == 16
+    untuned = default_configs(PROBLEM, H200)
+    selection = select(
+        PROBLEM, H200, registry=registry, software=software, usable=lambda c: None if c in untuned else "strides"
+    )
+    assert selection.rung == "heuristic"
+    assert [refusal.reason for refusal in selection.refused].count("strides") == 5 + 1
+    assert str(selection.refused[5]) == "and 3 more: entries for other features"
 
 
 def test_a_stale_entry_is_refused(make_entry: MakeEntry, make_registry: MakeRegistry, software: Software) -> None:

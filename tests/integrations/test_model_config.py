@@ -10,7 +10,7 @@ import pytest
 
 from flashgen.errors import InputError
 from flashgen.integrations import problems_from_config, read_model_config
-from flashgen.spec import DType, parse_problem
+from flashgen.spec import DType, Mask, Positions, parse_problem
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -26,8 +26,6 @@ def load(name: str) -> Mapping[str, object]:
         ("mistral-7b-v0.1", "mistral", "b=8 hq=32 hkv=8 s=2048 d=128 causal bf16"),
         ("qwen2.5-7b", "qwen2", "b=8 hq=28 hkv=4 s=2048 d=128 causal bf16"),
         ("qwen3-8b", "qwen3", "b=8 hq=32 hkv=8 s=2048 d=128 causal bf16"),
-        ("gemma-3-12b", "gemma3_text", "b=8 hq=16 hkv=8 s=2048 d=256 causal bf16"),
-        ("gemma-3-27b", "gemma3_text", "b=8 hq=32 hkv=16 s=2048 d=128 causal bf16"),
         ("deepseek-v3", "deepseek_v3", "b=8 hq=128 hkv=128 s=2048 d=192 dv=128 causal bf16"),
         ("falcon-7b", "falcon", "b=8 hq=71 hkv=1 s=2048 d=64 causal bf16"),
         ("falcon-40b", "falcon", "b=8 hq=128 hkv=8 s=2048 d=64 causal bf16"),
@@ -43,31 +41,67 @@ def test_published_model(name: str, model_type: str, problem: str) -> None:
     assert found.problems == (parse_problem(problem),)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("gemma-2-9b", "softcapping (50.0)"), ("gpt-oss-20b", "attention sinks")])
-def test_model_without_any_kernel_says_why(name: str, reason: str) -> None:
-    found = problems_from_config(load(name), seqlens=[64, 2048])
-    assert found.problems == ()
-    assert len(found.skipped) == 1
-    assert reason in found.skipped[0]
-    assert "all attention layers" in found.skipped[0]
+@pytest.mark.parametrize(
+    ("name", "problems"),
+    [
+        ("gemma-3-12b", ["b=8 hq=16 hkv=8 s=2048 d=256 sliding_window(1023,0)", "b=8 hq=16 hkv=8 s=2048 d=256 causal"]),
+        (
+            "gemma-3-27b",
+            ["b=8 hq=32 hkv=16 s=2048 d=128 sliding_window(1023,0)", "b=8 hq=32 hkv=16 s=2048 d=128 causal"],
+        ),
+        (
+            "gpt-oss-20b",
+            ["b=8 hq=64 hkv=8 s=2048 d=64 sliding_window(127,0) sinks", "b=8 hq=64 hkv=8 s=2048 d=64 causal sinks"],
+        ),
+        # Both kinds of its layers see everything up to 4096.
+        ("gemma-2-9b", ["b=8 hq=16 hkv=8 s=2048 d=256 causal softcap fp32"]),
+    ],
+)
+def test_published_model_with_more_than_plain_attention(name: str, problems: list[str]) -> None:
+    found = problems_from_config(load(name), seqlens=[2048])
+    assert found.skipped == ()
+    assert found.problems == tuple(map(parse_problem, problems))
+
+
+def test_softcap_and_windows_combine() -> None:
+    found = problems_from_config(load("gemma-2-9b"), seqlens=[8192], dtype=DType.BF16)
+    assert [(str(p.spec.mask), p.spec.softcap) for p in found.problems] == [
+        ("sliding_window(4095,0)", True),
+        ("causal", True),
+    ]
 
 
 def test_window_is_plain_causal_up_to_its_length() -> None:
     # Phi-3-mini: 32 heads of 96 and a window of 2047 keys, the query's own among them.
     found = problems_from_config(load("phi-3-mini-4k"), seqlens=[1024, 2047, 2048, 4096], batch=1)
-    assert [p.shape.seqlen_q for p in found.problems] == [1024, 2047]
+    assert [(p.shape.seqlen_q, str(p.spec.mask)) for p in found.problems] == [
+        (1024, "causal"),
+        (2047, "causal"),
+        (2048, "sliding_window(2046,0)"),
+        (4096, "sliding_window(2046,0)"),
+    ]
     assert {p.spec.head_dim_qk for p in found.problems} == {96}
-    assert found.skipped == (
-        "sliding-window layers (window 2047) have no kernel in this version at sequence lengths 2048, 4096",
-    )
+    assert found.skipped == ()
 
 
-def test_mixed_windows_keep_the_full_layers_and_name_the_rest() -> None:
-    found = problems_from_config(load("gemma-3-12b"), seqlens=[1024, 4096])
-    assert [p.shape.seqlen_q for p in found.problems] == [1024, 4096]
-    assert len(found.skipped) == 1
-    assert "window 1024" in found.skipped[0]
-    assert "4096" in found.skipped[0]
+def seen(mask: Mask, seqlen: int) -> list[list[bool]]:
+    rows = range(seqlen)
+    return [[mask.sees(Positions(q_idx=i, kv_idx=j, seqlen_q=seqlen, seqlen_k=seqlen)) for j in rows] for i in rows]
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 3, 4, 5, 6, 7, 9, 12])
+def test_what_a_window_or_chunk_hides_is_what_transformers_hides(seqlen: int) -> None:
+    def masks(**keys: object) -> list[Mask]:
+        config = {**load("llama-3-8b"), "num_hidden_layers": 1, **keys}
+        return [p.spec.mask for p in problems_from_config(config, seqlens=[seqlen]).problems]
+
+    rows = range(seqlen)
+    (window,) = masks(sliding_window=4)
+    assert seen(window, seqlen) == [[0 <= i - j < 4 for j in rows] for i in rows]
+    (chunk,) = masks(attention_chunk_size=4)
+    assert seen(chunk, seqlen) == [[j <= i and i // 4 == j // 4 for j in rows] for i in rows]
+    (both_ways,) = masks(sliding_window=4, is_causal=False)
+    assert seen(both_ways, seqlen) == [[abs(i - j) <= 2 for j in rows] for i in rows]
 
 
 def test_layers_without_attention_are_named() -> None:
@@ -104,18 +138,19 @@ def test_dtype_of_the_outer_config_reaches_the_text_part() -> None:
 def test_qwen_window_spares_the_first_layers() -> None:
     config = {**load("qwen2.5-7b"), "use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 21}
     found = problems_from_config(config, seqlens=[8192])
-    assert len(found.problems) == 1
-    assert "window 4096" in found.skipped[0]
+    assert [str(p.spec.mask) for p in found.problems] == ["causal", "sliding_window(4095,0)"]
     found = problems_from_config({**config, "max_window_layers": 0}, seqlens=[8192])
-    assert found.problems == ()
+    assert [str(p.spec.mask) for p in found.problems] == ["sliding_window(4095,0)"]
 
 
 def test_chunked_layers_are_plain_up_to_a_chunk() -> None:
     text = {**load("llama-3-8b"), "model_type": "llama4_text", "attention_chunk_size": 8192, "head_dim": 128}
     text["layer_types"] = ["chunked_attention"] * 3
     found = problems_from_config({"model_type": "llama4", "text_config": text}, seqlens=[8192, 8193])
-    assert [p.shape.seqlen_q for p in found.problems] == [8192]
-    assert "chunk 8192" in found.skipped[0]
+    assert [(p.shape.seqlen_q, str(p.spec.mask)) for p in found.problems] == [
+        (8192, "causal"),
+        (8193, "causal&chunked(8192)"),
+    ]
 
 
 def test_head_dim_per_layer() -> None:
@@ -130,9 +165,10 @@ def test_head_dim_per_layer() -> None:
         "layer_types": ["sliding_attention", "full_attention"],
     }
     found = problems_from_config(text, seqlens=[512])
+    assert [p.spec.head_dim_qk for p in found.problems] == [256, 512]
+    found = problems_from_config({**text, "global_head_dim": 1024}, seqlens=[512])
     assert [p.spec.head_dim_qk for p in found.problems] == [256]
-    assert len(found.skipped) == 1
-    assert "512" in found.skipped[0]
+    assert found.skipped == ("full-attention layers: head_dim_qk must be a multiple of 8 from 16 to 512, got 1024",)
     per_layer = {
         "hidden_size": 1280,
         "num_query_heads": [12, 16],
@@ -150,19 +186,34 @@ def test_decoder_made_of_bert_is_causal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "features"),
     [
-        ({"alibi": True}, "ALiBi"),
-        ({"attn_config": {"alibi": True}}, "ALiBi"),
-        ({"model_type": "bloom"}, "ALiBi"),
-        ({"position_embedding_type": "relative_key"}, "relative position bias"),
-        ({"attn_logit_softcapping": 30.0}, "softcapping (30.0)"),
+        ({"alibi": True}, ("alibi",)),
+        ({"attn_config": {"alibi": True}}, ("alibi",)),
+        ({"model_type": "bloom"}, ("alibi",)),
+        ({"position_embedding_type": "alibi"}, ("alibi",)),
+        ({"attn_logit_softcapping": 30.0}, ("softcap",)),
+        ({"model_type": "gpt_oss"}, ("sinks",)),
+        ({"alibi": False, "attn_logit_softcapping": None}, ()),
     ],
 )
-def test_what_every_layer_adds_is_refused(change: dict[str, object], reason: str) -> None:
+def test_what_every_layer_adds(change: dict[str, object], features: tuple[str, ...]) -> None:
     found = problems_from_config({**load("llama-3-8b"), **change}, seqlens=[64])
+    assert [p.spec.features for p in found.problems] == [features]
+    assert found.skipped == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"position_embedding_type": "relative_key"}, "relative position bias"),
+        ({"model_type": "longformer"}, "windowed attention with global tokens"),
+    ],
+)
+def test_what_no_kernel_does_is_named(change: dict[str, object], reason: str) -> None:
+    found = problems_from_config({**load("llama-3-8b"), **change}, seqlens=[64, 2048])
     assert found.problems == ()
-    assert reason in found.skipped[0]
+    assert found.skipped == (f"all attention layers: {reason} has no kernel in this version",)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,9 @@ def random_entries() -> Callable[[random.Random, int], list[RegistryEntry]]:
             for _ in range(count)
         ]
         masks = (full(), causal("top_left"))
-        return [dataclasses.replace(e, spec=dataclasses.replace(e.spec, mask=rng.choice(masks))) for e in drawn]
+        return [
+            dataclasses.replace(e, spec=dataclasses.replace(e.spec, mask=rng.choice(masks), softcap=rng.random() < 0.3))
+            for e in drawn
+        ]
 
     return draw

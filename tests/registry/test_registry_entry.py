@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import random
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from flashgen.errors import InputError
 from flashgen.registry import Interval, MeasuredRange, RegistryEntry, merge
 from flashgen.registry.codec import entry_from_dict
-from flashgen.spec import AttentionSpec, Shape
+from flashgen.spec import AttentionSpec, DType, Shape, parse_mask
+from flashgen.spec.mods import parse_mod
 
 
 def test_range_covers_its_bounds_and_nothing_beyond() -> None:
@@ -63,8 +65,34 @@ def test_digest_changes_with_every_field(make_entry) -> None:
 def test_every_field_of_an_entry_survives_the_codec(make_entry) -> None:
     entry = make_entry()
     assert entry_from_dict(entry.as_dict()) == entry
+    assert entry_from_dict(json.loads(json.dumps(entry.as_dict()))) == entry
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(AttentionSpec), ids=lambda field: field.name)
+def test_every_field_of_a_spec_makes_another_entry(make_entry, field) -> None:
     # A field added to the spec must be written too, or two specs would share a winner.
-    assert {f.name for f in dataclasses.fields(AttentionSpec)} == {*entry.as_dict()["spec"], "phase", "lse"}
+    other = {
+        "dtype": DType.TF32,
+        "head_dim_qk": 96,
+        "head_dim_v": 96,
+        "mask": parse_mask("sliding_window(127,0)&document"),
+        "score_mod": parse_mod("score_mod('return score * 0.5')"),
+        "bias": "fp32",
+    }
+    entry = make_entry()
+    if field.name in ("phase", "lse", "sinks", "seqused", "descale", "bias_aligned"):
+        assert field.name not in entry.as_dict()["spec"]
+        return
+    changed = dataclasses.replace(
+        entry, spec=dataclasses.replace(entry.spec, **{field.name: other.get(field.name, True)})
+    )
+    assert changed.digest() != entry.digest()
+    assert changed.key() != entry.key()
+    assert entry_from_dict(json.loads(json.dumps(changed.as_dict()))) == changed
+
+
+def test_default_meaning_is_not_written(make_entry) -> None:
+    assert [*make_entry().as_dict()["spec"]] == ["dtype", "head_dim_qk", "head_dim_v", "mask"]
 
 
 def test_merge_prefers_measured_then_later_then_smaller_digest(make_entry) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +15,11 @@ import pytest
 import yaml
 
 from flashgen.errors import RegistryError
-from flashgen.registry import RegistryEntry, merge, read_file, write_entries
+from flashgen.registry import RegistryEntry, load_indexed, merge, read_file, write_entries
 from flashgen.registry.files import file_name
 from flashgen.registry.yaml_text import dump
+from flashgen.spec import parse_mask
+from flashgen.spec.mods import parse_mod
 
 NAME = "nvidia_h200.forward.yaml"
 
@@ -183,6 +187,97 @@ def test_damaged_entry_is_reported_and_only_that_one_skipped(name, tmp_path, mak
     with pytest.raises(RegistryError, match=reason):
         write_entries(tmp_path, [make_entry(1024)])
     assert path.read_bytes() == damaged
+
+
+MASK_MOD = "mask_mod('return ids[b, q_idx] == ids[b, kv_idx]', ids='int32[b,any]')"
+SCORE_MOD = "score_mod('return score - slopes[h] * (q_idx - kv_idx)', slopes='float32[h]')"
+
+
+def _with_features(entry: RegistryEntry) -> RegistryEntry:
+    spec = dataclasses.replace(
+        entry.spec,
+        mask=parse_mask(f"{MASK_MOD}&sliding_window(127,0)"),
+        score_mod=parse_mod(SCORE_MOD),
+        softcap=True,
+        varlen=True,
+        bias="fp32",
+    )
+    return dataclasses.replace(entry, spec=spec)
+
+
+def test_features_are_written_on_the_line_of_the_spec(tmp_path, make_entry) -> None:
+    entries = [make_entry(128), _with_features(make_entry(128)), _with_features(make_entry(256))]
+    (path,) = write_entries(tmp_path, entries)
+    contents = read_file(path)
+    assert contents.issues == ()
+    assert set(contents.entries) == set(entries)
+    lines = path.read_text().splitlines()
+    assert "- spec: {dtype: bf16, head_dim_qk: 128, head_dim_v: 128, mask: causal}" in lines
+    (line, _) = [line for line in lines if "features: [softcap, varlen, bias=fp32]" in line]
+    assert yaml.safe_load(line)[0]["spec"]["score_mod"] == SCORE_MOD
+    assert set(load_indexed(path).entries()) == set(entries)
+
+
+def test_a_mask_of_any_legal_length_is_kept_on_one_line(tmp_path, make_entry) -> None:
+    source = f"return {' + '.join(f'q_idx * {i} % 7' for i in range(60))} > kv_idx"
+    spec = dataclasses.replace(make_entry().spec, mask=parse_mask(f"mask_mod({source!r})"))
+    entry = dataclasses.replace(make_entry(), spec=spec)
+    assert len(str(spec.mask)) > 500
+    (path,) = write_entries(tmp_path, [entry])
+    assert read_file(path).entries == (entry,)
+    assert len(path.read_text().splitlines()) < 20
+
+
+# What stands in the place of the spec of an entry, its digest right: a file may come from anywhere.
+HOSTILE_SPECS = {
+    "code": ({"mask": 'mask_mod(\'return __import__("os").system("true")\')'}, "mask_mod"),
+    "escape in code": ({"mask": r"mask_mod('return \x1b[31mq_idx')"}, "mask_mod"),
+    "statement": ({"mask": "mask_mod('import os; return True')"}, "mask_mod"),
+    "call": ({"mask": "exec('1')"}, "unknown mask"),
+    "unhashable": ({"mask": "sliding_window({[]:1},0)"}, "mask|left"),
+    "deep": ({"mask": "~" * 3000 + "causal"}, "unknown mask"),
+    "long": ({"mask": "causal&" * 3000 + "causal"}, "longer than 20000 characters"),
+    "escape": ({"mask": "\x1b[31mcausal"}, "control characters"),
+    "newline": ({"score_mod": "score_mod('return score')\n"}, "control characters"),
+    "empty score_mod": ({"score_mod": ""}, "at least 1 character"),
+    "null score_mod": ({"score_mod": None}, "valid string"),
+    "mask as score_mod": ({"score_mod": "mask_mod('return q_idx > kv_idx')"}, "must be the text of a score_mod"),
+    "score_mod as mask": ({"mask": "score_mod('return score')"}, "unknown mask"),
+    "no list": ({"features": "softcap"}, "valid list"),
+    "empty list": ({"features": []}, "at least 1 item"),
+    "many": ({"features": ["softcap"] * 17}, "at most 16 items"),
+    "unknown": ({"features": ["softcup"]}, "unknown feature 'softcup'"),
+    "twice": ({"features": ["softcap", "softcap"]}, "softcap is given twice"),
+    "no key": ({"features": ["sinks"]}, "tuning_key"),
+    "dtype": ({"dtype": "int8"}, "unknown dtype"),
+    "head_dim": ({"head_dim_qk": 1 << 20}, "multiple of 8 from 16 to 512"),
+    "unknown field": ({"sparsity": 3}, "sparsity"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_SPECS)
+def test_a_spec_from_a_stranger_is_an_issue_and_nothing_else(name, tmp_path, make_entry, monkeypatch) -> None:
+    change, reason = HOSTILE_SPECS[name]
+    entry = make_entry()
+    content = entry.as_dict()
+    content["spec"] = {**content["spec"], **change}
+    monkeypatch.setattr(RegistryEntry, "as_dict", lambda self: {**content})
+    path = tmp_path / NAME
+    path.write_bytes(dump([entry]))
+    contents = read_file(path)
+    assert contents.entries == ()
+    (issue,) = contents.issues
+    assert re.search(reason, issue.reason), issue.reason
+    assert len(str(issue)) < 1_000
+    assert str(issue).isprintable()
+    assert load_indexed(path).issues == contents.issues
+
+
+def test_what_shipped_before_still_reads() -> None:
+    path = Path(__file__).parents[2] / "flashgen" / "tuned" / NAME
+    contents = read_file(path)
+    assert contents.issues == ()
+    assert len(contents.entries) >= 20
 
 
 def test_no_bytes_make_the_reader_raise_or_believe_a_lie(tmp_path, make_entry) -> None:

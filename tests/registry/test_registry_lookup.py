@@ -23,7 +23,7 @@ from flashgen.registry import (
     use_bundle,
     write_entries,
 )
-from flashgen.spec import full
+from flashgen.spec import DType, full, parse_mask
 
 NAME = "nvidia_h200.forward.yaml"
 
@@ -79,7 +79,7 @@ def test_index_follows_an_edit_of_the_file(tmp_path, make_entry) -> None:
         lambda data: b"\xff\x00garbage",
         lambda data: data[:-10],
         lambda data: data.replace(b'"num_warps":8', b'"num_warps":4'),
-        lambda data: data.replace(b'"version": 1', b'"version": 99'),
+        lambda data: data.replace(b'"version": 2', b'"version": 99'),
         lambda data: b"[1, 2]\n" + data.split(b"\n", 1)[1],
     ],
     ids=["empty", "binary", "truncated", "flipped", "other version", "not a header"],
@@ -142,6 +142,41 @@ def test_candidates_come_in_search_order_and_files_once(tmp_path, make_entry) ->
     assert [(c.location.label, c.entry.range.seqlen_q.lo) for c in found] == [("environment", 256), ("user", 128)]
     assert found[0].path == mine
     assert len(registry.entries()) == 3
+
+
+def test_related_entries_share_the_family_and_nothing_else(tmp_path, make_entry) -> None:
+    def entry(**change):
+        made = make_entry()
+        return dataclasses.replace(made, spec=dataclasses.replace(made.spec, **change))
+
+    changes = {
+        "window": {"mask": parse_mask("sliding_window(127,0)")},
+        "softcap": {"softcap": True},
+        "both": {"mask": parse_mask("causal&document"), "softcap": True, "bias": "input"},
+        "function": {"mask": parse_mask("mask_mod('return q_idx > kv_idx')")},
+        "dtype": {"dtype": DType.FP32},
+        "tf32": {"dtype": DType.TF32},
+        "dims": {"head_dim_v": 64},
+        "varlen": {"varlen": True},
+        "varlen window": {"varlen": True, "mask": parse_mask("sliding_window(127,0)")},
+    }
+    entries = {"itself": make_entry()} | {name: entry(**change) for name, change in changes.items()}
+    write_entries(tmp_path, entries.values())
+    for _ in range(2):  # parsed, then from the index
+        registry = load([Location(path=tmp_path, label="argument")])
+
+        def related(name: str, registry=registry) -> list[str]:
+            found = [located.entry for located in registry.related(entries[name].spec)]
+            assert len(set(found)) == len(found)
+            return sorted(name for name, entry in entries.items() if entry in found)
+
+        assert related("itself") == ["both", "function", "softcap", "window"]
+        assert related("window") == ["both", "function", "itself", "softcap"]
+        assert related("varlen") == ["varlen window"]
+        assert related("tf32") == related("dims") == []
+        lse = dataclasses.replace(entries["itself"].spec, lse=True, sinks=True)
+        assert len(registry.related(lse)) == 4
+        assert [located.entry for located in registry.candidates(lse)] == [entries["itself"]]
 
 
 def test_missing_place_is_an_issue_only_if_somebody_named_it(tmp_path) -> None:
