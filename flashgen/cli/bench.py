@@ -99,7 +99,6 @@ def _peers(text: str | None) -> list[Peer]:
 def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
     """Print one line for each implementation of each problem, and what calls cost the host where it was measured."""
     from flashgen.cli.comparison import OURS
-    from flashgen.measure import tflops
 
     rows, host_rows = [], []
     for comparison in comparisons:
@@ -114,7 +113,7 @@ def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
                     name,
                     f"{short_config(selection.config)} ({selection.rung})" if name == OURS else "",
                     f"{timing.median_us:.1f}",
-                    f"{tflops(comparison.problem, timing.median_us):.1f}",
+                    f"{comparison.flops / timing.median_us / 1e6:.1f}",
                     ratio(timing.median_us, ours.median_us if ours else None),
                     f"{100 * timing.spread:.1f}%",
                     f"{report.max_error:.2g} of {report.allowed_error:.2g}",
@@ -128,13 +127,11 @@ def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
 
 
 def _document(comparison: Comparison) -> dict[str, object]:
-    from flashgen.measure import tflops
-
     return {
         "problem": str(comparison.problem),
         "selection": selection_document(comparison.selection),
         "timings": {
-            name: {**dataclasses.asdict(timing), "tflops": tflops(comparison.problem, timing.median_us)}
+            name: {**dataclasses.asdict(timing), "tflops": comparison.flops / timing.median_us / 1e6}
             for name, timing in comparison.timings.items()
         },
         "accuracy": {

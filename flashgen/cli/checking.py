@@ -14,11 +14,12 @@ from flashgen.launch import bind_forward, interpret_forward
 from flashgen.measure import (
     AccuracyReport,
     Oracle,
+    accuracy_error,
     awkward_shapes,
-    poisoned_empty,
+    poisoned_outputs,
+    random_extras,
     random_inputs,
     sampled_heads,
-    take_heads,
 )
 from flashgen.spec import Problem, Shape
 
@@ -76,23 +77,19 @@ def _awkward(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
 def _launched(problem: Problem, selection: Selection, device: torch.device) -> AccuracyReport:
     spec, shape = problem.spec, problem.shape
     q, k, v = random_inputs(problem, device=device, seed=0)
-    rows = (shape.batch, shape.nheads_q, shape.seqlen_q)
-    out = poisoned_empty((*rows, spec.head_dim_v), q.dtype, device)
-    lse = poisoned_empty(rows, torch.float32, device) if spec.lse else None
+    extras = random_extras(problem, device=device, seed=0)
+    out, lse = poisoned_outputs(problem, device=device)
     tensors = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse} if lse is not None else {})
     config, target = selection.config, selection.target
     compiled = compile_kernel(render(spec, config), spec, config, target)
-    bind_forward(problem, config, compiled, problem.spec.default_scale, tensors)()
-    heads = shape.batch * shape.nheads_q
-    few = heads * shape.seqlen_q * shape.seqlen_k > _MAX_CHECKED_SCORES
-    pairs = sampled_heads(shape.batch, shape.nheads_q, _CHECKED_HEADS if few else max(2, heads), seed=0)
-    sample = take_heads(pairs, q, k, v, out, lse)
-    oracle = Oracle(sample.q, sample.k, sample.v, mask=spec.mask, softmax_scale=problem.spec.default_scale)
-    return oracle.judge(sample.out, sample.lse)
+    bind_forward(problem, config, compiled, extras, tensors)()
+    few = shape.batch * shape.nheads_q * shape.seqlen_q * shape.seqlen_k > _MAX_CHECKED_SCORES
+    heads = sampled_heads(shape.batch, shape.nheads_q, _CHECKED_HEADS, seed=0) if few else None
+    return Oracle(q, k, v, spec=spec, extras=extras, heads=heads).judge(out, lse)
 
 
 def _interpreted(problem: Problem, config: KernelConfig) -> AccuracyReport:
     q, k, v = random_inputs(problem, device="cpu", seed=0)
-    scale = problem.spec.default_scale
-    out, lse = interpret_forward(q, k, v, problem=problem, config=config, softmax_scale=scale)
-    return Oracle(q, k, v, mask=problem.spec.mask, softmax_scale=scale).judge(out, lse)
+    extras = random_extras(problem, device="cpu", seed=0)
+    out, lse = interpret_forward(q, k, v, problem=problem, config=config, extras=extras)
+    return accuracy_error(out, lse, q, k, v, spec=problem.spec, extras=extras)

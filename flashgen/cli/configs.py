@@ -28,10 +28,12 @@ def parse_config(text: str | None) -> KernelConfig | None:
 
 
 def short_config(config: KernelConfig) -> str:
-    """Return a config in a few characters: `128x64 w8 s2 descriptor r168 g4`."""
+    """Return a config in a few characters: `128x64 w8 s2 descriptor r168 g4 h2 single`."""
     if not isinstance(config, TritonForwardConfig):
         return str(config)
     words = [f"{config.block_m}x{config.block_n}", f"w{config.num_warps}", f"s{config.num_stages}", config.loads]
     words += [f"r{config.maxnreg}"] if config.maxnreg else []
     words += [f"g{config.head_group}"] if config.head_group != 1 else []
+    words += [f"h{config.head_tiles}"] if config.head_tiles != 1 else []
+    words += [config.loops] if config.loops != "split" else []
     return " ".join(words)

@@ -42,8 +42,8 @@ def select_all(
 
 
 def is_tuned(selection: Selection) -> bool:
-    """Return whether a choice is founded on a registry entry, or is the caller's own."""
-    return selection.rung not in ("heuristic", "safe default")
+    """Return whether a choice is founded on a registry entry for the problem's spec, or is the caller's own."""
+    return selection.rung not in ("other features", "heuristic", "safe default")
 
 
 def selection_document(selection: Selection) -> dict[str, object]:
@@ -56,6 +56,7 @@ def selection_document(selection: Selection) -> dict[str, object]:
         "rung": selection.rung,
         "origin": selection.origin,
         "distance": selection.distance,
+        "differences": list(selection.differences),
         "file": str(selection.path) if selection.path else None,
         "entry": selection.entry.as_dict() if selection.entry else None,
         "refused": [{"candidate": r.candidate, "reason": r.reason} for r in selection.refused],

@@ -16,7 +16,7 @@ import flashgen
 from flashgen import resources
 from flashgen.errors import FlashgenError
 from flashgen.registry import load, search_locations
-from flashgen.spec import parse_problem
+from flashgen.spec import Extras, parse_problem
 from flashgen.target import GpuTarget, named_target
 
 State = typing.Literal["ok", "note", "missing"]
@@ -138,7 +138,7 @@ def interpreter_finding() -> Finding:
     problem = parse_problem("h=1 s=32 d=16 fp16")
     q, k, v = random_inputs(problem, device="cpu", seed=0)
     try:
-        interpret_forward(q, k, v, problem=problem, config=safe_configs()[-1], softmax_scale=0.25)
+        interpret_forward(q, k, v, problem=problem, config=safe_configs()[-1], extras=Extras(softmax_scale=0.25))
     except (FlashgenError, OSError) as error:
         return Finding(name="interpreter", value=_first_line(error), state="note")
     return Finding(name="interpreter", value="works")

@@ -14,12 +14,16 @@ Model = typing.Annotated[
     typer.Option("--model", metavar="CONFIG.json|DIR", help="Problems of a Hugging Face model, from its config.json."),
 ]
 Preset = typing.Annotated[
-    str | None, typer.Option("--preset", metavar="NAME", help="A named list of problems: quick, llama3-8b, grid.")
+    str | None,
+    typer.Option("--preset", metavar="NAME", help="A named list of problems: quick, llama3-8b, grid, features."),
 ]
 Shapes = typing.Annotated[
     list[str] | None,
     typer.Option(
-        "--shape", metavar="TEXT", help='A problem, e.g. "b=4 hq=32 hkv=8 s=4096 d=128 causal bf16"; repeatable.'
+        "--shape",
+        metavar="TEXT",
+        help='A problem, e.g. "b=4 hq=32 hkv=8 s=4096 d=128 causal bf16"; repeatable. Masks: causal, '
+        "sliding_window(127,0), prefix_lm(1024), causal&document, ...; features: softcap, alibi, varlen, ...",
     ),
 ]
 Phase = typing.Annotated[

@@ -30,7 +30,7 @@ def resolve_problems(
     if not problems and model is None:
         raise InputError(
             "no problem named; give --preset quick, --model CONFIG.json, or "
-            '--shape "b=4 hq=32 hkv=8 s=4096 d=128 causal bf16"'
+            '--shape "b=4 hq=32 hkv=8 s=4096 d=128 causal bf16" (or, for causal, "sliding_window(127,0) softcap")'
         )
     if not problems:
         raise InputError(f"{model}: no attention of this model has a kernel in this version")

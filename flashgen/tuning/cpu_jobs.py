@@ -6,7 +6,7 @@ import dataclasses
 
 from flashgen.codegen import KernelConfig
 from flashgen.launch import interpret_forward
-from flashgen.measure import Oracle, Rejected, random_inputs
+from flashgen.measure import Rejected, accuracy_error, random_extras, random_inputs
 from flashgen.spec import Problem, Shape
 
 # About 1 ms a tile step: enough rows and keys for two tiles of most configs, odd in both directions.
@@ -17,14 +17,14 @@ def check_interpreted(problem: Problem, config: KernelConfig) -> tuple[float, fl
     """Return the largest error and what is allowed, over small awkward shapes, or why the config is wrong."""
     group = min(problem.shape.group, 2)
     spec = dataclasses.replace(problem.spec, lse=True)
-    scale = spec.default_scale
     worst = (0.0, 0.0)
     for seqlen_q, seqlen_k in _LENGTHS:
         shape = Shape(batch=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k, nheads_q=group, nheads_kv=1)
         small = Problem(spec=spec, shape=shape)
         q, k, v = random_inputs(small, device="cpu", seed=0)
-        out, lse = interpret_forward(q, k, v, problem=small, config=config, softmax_scale=scale)
-        report = Oracle(q, k, v, mask=spec.mask, softmax_scale=scale).judge(out, lse)
+        extras = random_extras(small, device="cpu", seed=0)
+        out, lse = interpret_forward(q, k, v, problem=small, config=config, extras=extras)
+        report = accuracy_error(out, lse, q, k, v, spec=spec, extras=extras)
         if not report.ok:
             return Rejected(stage="accuracy", reason=f"in the interpreter at {shape}: {report.reason}")
         worst = max(worst, (report.max_error, report.allowed_error))

@@ -17,10 +17,9 @@ import torch
 from flashgen.codegen import KernelConfig, TritonForwardConfig, render
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.errors import FlashgenError
-from flashgen.launch import bind_forward, detect_target, fill_unseen
+from flashgen.launch import bind_forward, detect_target
 from flashgen.measure import (
     CudaClock,
-    HeadSample,
     Measurement,
     Oracle,
     Outcome,
@@ -28,14 +27,14 @@ from flashgen.measure import (
     Timing,
     awkward_shapes,
     benchmark,
-    poisoned_empty,
+    poisoned_outputs,
     quick_time,
+    random_extras,
     random_inputs,
     sampled_heads,
-    take_heads,
 )
 from flashgen.measure.peers import default_baselines
-from flashgen.spec import AttentionSpec, Problem
+from flashgen.spec import AttentionSpec, Extras, Problem
 from flashgen.target import GpuTarget
 
 _CHECKED_HEADS = 3
@@ -78,7 +77,7 @@ def _checked_and_timed(problem: Problem, config: KernelConfig, best_us: float | 
     report = _check_own_shape(problem, config, compiled)
     if isinstance(report, Rejected):
         return report
-    call = bind_forward(problem, config, compiled, problem.spec.default_scale, _tensors(problem))
+    call = bind_forward(problem, config, compiled, _extras(problem), _tensors(problem))
     timing = quick_time(call, _clock(), _FIRST_LAUNCHES)
     if best_us is None or timing.median_us < _HOPELESS * best_us:
         timing = benchmark({"": call}, clock=_clock(), rounds=_RUNG_ROUNDS, target_ms=_RUNG_MS)[""]
@@ -91,14 +90,14 @@ def check_awkward(problem: Problem, config: KernelConfig) -> Rejected | None:
         raise FlashgenError(f"no check for template {config.template!r}")
     compiled = _compiled(problem.spec, config)
     for shape in awkward_shapes(problem, config.block_m, config.block_n):
-        small = dataclasses.replace(problem, shape=shape)
-        tensors = {**_inputs(small, 1), **_outputs(small)}
-        out, lse = tensors["out"], tensors.get("lse")
         if shape.seqlen_k == 0:
-            fill_unseen(out, lse)
-        else:
-            bind_forward(small, config, compiled, small.spec.default_scale, tensors)()
-        report = _oracle(small).judge(out, lse)
+            # Nothing is launched without keys.
+            continue
+        small = dataclasses.replace(problem, shape=shape)
+        inputs, extras, oracle = _small_case(small)
+        outputs = _outputs(small)
+        bind_forward(small, config, compiled, extras, {**inputs, **outputs})()
+        report = oracle.judge(outputs["out"], outputs.get("lse"))
         if not report.ok:
             return Rejected(stage="accuracy", reason=f"at {shape}: {report.reason}")
     return None
@@ -119,14 +118,14 @@ def race(
     The first config runs twice, as itself and under the name `A/A`: the difference is the noise floor.
     """
     with _ending_if_the_context_is_lost():
-        tensors, scale = _tensors(problem), problem.spec.default_scale
+        tensors, extras = _tensors(problem), _extras(problem)
         calls: dict[str, typing.Callable[[], object]] = {
-            str(index): bind_forward(problem, config, _compiled(problem.spec, config), scale, tensors)
+            str(index): bind_forward(problem, config, _compiled(problem.spec, config), extras, tensors)
             for index, config in enumerate(configs)
         }
         calls["A/A"] = calls["0"]
         for peer in default_baselines(_device()) if baselines else ():
-            run = peer.make(tensors["q"], tensors["k"], tensors["v"], problem)
+            run = peer.make(tensors["q"], tensors["k"], tensors["v"], problem, extras)
             if not isinstance(run, str):
                 calls[peer.name] = run
         timings = benchmark(calls, clock=_clock(), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed)
@@ -137,32 +136,26 @@ def race(
 def _check_own_shape(
     problem: Problem, config: KernelConfig, compiled: CompiledKernel
 ) -> tuple[float, float] | Rejected:
-    tensors = _tensors(problem)
-    call = bind_forward(problem, config, compiled, problem.spec.default_scale, tensors)
+    tensors, extras = _tensors(problem), _extras(problem)
     out = tensors["out"]
     out.fill_(float("nan"))
-    call()
-    pairs, oracle = _sample(problem)
-    report = oracle.judge(_take(pairs, tensors, out).out, None)
+    bind_forward(problem, config, compiled, extras, tensors)()
+    report = _oracle(problem).judge(out, None)
     if not report.ok:
         return Rejected(stage="accuracy", reason=f"at {problem.shape}: {report.reason}")
     again = torch.full_like(out, float("nan"))
-    bind_forward(problem, config, compiled, problem.spec.default_scale, {**tensors, "out": again})()
+    bind_forward(problem, config, compiled, extras, {**tensors, "out": again})()
     if not torch.equal(out, again):
         return Rejected(stage="accuracy", reason=f"at {problem.shape}: two runs differ in their bits")
     return report.max_error, report.allowed_error
 
 
-def _take(pairs: tuple[tuple[int, int], ...], tensors: dict[str, torch.Tensor], out: torch.Tensor) -> HeadSample:
-    return take_heads(pairs, tensors["q"], tensors["k"], tensors["v"], out, None)
-
-
 @functools.lru_cache(maxsize=1)
-def _sample(problem: Problem) -> tuple[tuple[tuple[int, int], ...], Oracle]:
+def _oracle(problem: Problem) -> Oracle:
+    """Return the oracle for a sample of the heads of a problem at its own shape."""
     tensors = _tensors(problem)
-    pairs = sampled_heads(problem.shape.batch, problem.shape.nheads_q, _CHECKED_HEADS, seed=0)
-    taken = _take(pairs, tensors, tensors["out"])
-    return pairs, Oracle(taken.q, taken.k, taken.v, mask=problem.spec.mask, softmax_scale=problem.spec.default_scale)
+    heads = sampled_heads(problem.shape.batch, problem.shape.nheads_q, _CHECKED_HEADS, seed=0)
+    return Oracle(tensors["q"], tensors["k"], tensors["v"], spec=problem.spec, extras=_extras(problem), heads=heads)
 
 
 @functools.lru_cache(maxsize=1)
@@ -170,12 +163,15 @@ def _tensors(problem: Problem) -> dict[str, torch.Tensor]:
     return {**_inputs(problem, 0), **_outputs(problem)}
 
 
+@functools.lru_cache(maxsize=1)
+def _extras(problem: Problem) -> Extras:
+    return random_extras(problem, device=_device(), seed=0)
+
+
 @functools.lru_cache(maxsize=256)
-def _oracle(problem: Problem) -> Oracle:
-    inputs = _inputs(problem, 1)
-    return Oracle(
-        inputs["q"], inputs["k"], inputs["v"], mask=problem.spec.mask, softmax_scale=problem.spec.default_scale
-    )
+def _small_case(problem: Problem) -> tuple[dict[str, torch.Tensor], Extras, Oracle]:
+    inputs, extras = _inputs(problem, 1), random_extras(problem, device=_device(), seed=1)
+    return inputs, extras, Oracle(inputs["q"], inputs["k"], inputs["v"], spec=problem.spec, extras=extras)
 
 
 def _inputs(problem: Problem, seed: int) -> dict[str, torch.Tensor]:
@@ -183,11 +179,8 @@ def _inputs(problem: Problem, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _outputs(problem: Problem) -> dict[str, torch.Tensor]:
-    shape, spec = problem.shape, problem.spec
-    rows = (shape.batch, shape.nheads_q, shape.seqlen_q)
-    dtype = getattr(torch, spec.dtype.torch_name)
-    out = {"out": poisoned_empty((*rows, spec.head_dim_v), dtype, _device())}
-    return out | ({"lse": poisoned_empty(rows, torch.float32, _device())} if spec.lse else {})
+    out, lse = poisoned_outputs(problem, device=_device())
+    return {"out": out} | ({"lse": lse} if lse is not None else {})
 
 
 @functools.lru_cache(maxsize=512)
