@@ -10,13 +10,17 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+    from flashgen import compat as compat
     from flashgen.errors import FlashgenError as FlashgenError
+    from flashgen.integrations.sdpa import scaled_dot_product_attention as scaled_dot_product_attention
     from flashgen.ops import attention as attention
+    from flashgen.ops import attention_varlen as attention_varlen
     from flashgen.ops import explain as explain
     from flashgen.ops import interpreting as interpreting
     from flashgen.ops import warmup as warmup
     from flashgen.registry import use_bundle as use
     from flashgen.spec import masks as masks
+    from flashgen.spec import score_mods as score_mods
     from flashgen.tuning import tune as tune
 
 __version__ = "0.1.0"
@@ -24,15 +28,32 @@ __version__ = "0.1.0"
 _HOME = {
     "FlashgenError": ("flashgen.errors", "FlashgenError"),
     "attention": ("flashgen.ops", "attention"),
+    "attention_varlen": ("flashgen.ops", "attention_varlen"),
+    "compat": ("flashgen.compat", None),
     "explain": ("flashgen.ops", "explain"),
     "interpreting": ("flashgen.ops", "interpreting"),
     "masks": ("flashgen.spec.masks", None),
+    "scaled_dot_product_attention": ("flashgen.integrations.sdpa", "scaled_dot_product_attention"),
+    "score_mods": ("flashgen.spec.score_mods", None),
     "tune": ("flashgen.tuning", "tune"),
     "use": ("flashgen.registry", "use_bundle"),
     "warmup": ("flashgen.ops", "warmup"),
 }
 
-__all__ = ["FlashgenError", "attention", "explain", "interpreting", "masks", "tune", "use", "warmup"]
+__all__ = [
+    "FlashgenError",
+    "attention",
+    "attention_varlen",
+    "compat",
+    "explain",
+    "interpreting",
+    "masks",
+    "scaled_dot_product_attention",
+    "score_mods",
+    "tune",
+    "use",
+    "warmup",
+]
 
 
 def __getattr__(name: str) -> typing.Any:

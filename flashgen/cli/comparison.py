@@ -29,6 +29,7 @@ from flashgen.measure import (
 from flashgen.measure.peers import Peer
 from flashgen.ops import attention
 from flashgen.ops.call import Options, Tensors, decode_config, encode_config
+from flashgen.ops.cpu import INTERPRETED_AS
 from flashgen.ops.runtime import choose, operands_of, prepare
 from flashgen.ops.torch_op import forward
 from flashgen.ops.warming import run_problem
@@ -91,7 +92,9 @@ def compare(
     extras = random_extras(problem, device=device, seed=0)
     text, path = encode_config(config), "" if registry is None else str(registry)
     options = Options.of(problem, extras, config=text, registry=path)
-    selection = choose(problem, detect_target(device), options, operands_of(q, k, v, problem, options.layout))
+    target = detect_target(device) if device.type == "cuda" else INTERPRETED_AS
+    operands = operands_of(q, k, v, problem, options.layout) if device.type == "cuda" else None
+    selection = choose(problem, target, options, operands)
     calls: dict[str, Run] = {OURS: lambda: run_problem(q, k, v, problem, extras, config=text, registry=path)[0]}
     absent: dict[str, str] = {}
     for peer in peers:

@@ -43,6 +43,7 @@ def _load_module(rendered: RenderedKernel) -> types.ModuleType:
     return _import_file(source_path(rendered))
 
 
+@functools.lru_cache(maxsize=256)
 def _import_file(path: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"flashgen_rendered.{path.stem}", path)
     assert spec is not None

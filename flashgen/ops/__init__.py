@@ -1,6 +1,10 @@
 """The public torch functions."""
 
-from flashgen.ops.functional import attention, explain, warmup
-from flashgen.ops.torch_op import interpreting
+from flashgen.ops import batching as batching
+from flashgen.ops import flops as flops
+from flashgen.ops.cpu import interpreting
+from flashgen.ops.explaining import explain
+from flashgen.ops.functional import attention, attention_varlen
+from flashgen.ops.warming import run_problem, warmup
 
-__all__ = ["attention", "explain", "interpreting", "warmup"]
+__all__ = ["attention", "attention_varlen", "explain", "interpreting", "run_problem", "warmup"]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import typing
 
 import torch
 
-from flashgen.errors import InputError, UnsupportedError
-from flashgen.spec import AttentionSpec, Causal, DType, Mask, Problem, Shape, causal, full, parse_dtype
+from flashgen.errors import InputError
+from flashgen.ops.call import LAYOUTS, PACKED, Layout, Options, Tensors, heads_first
+from flashgen.ops.side_checks import bias_kind, check_captures, check_side_tensors
+from flashgen.spec import AttentionSpec, DType, Extras, Problem, Shape, parse_dtype, parse_mask
+from flashgen.spec.mods import ModFunction, parse_mod
 
-Layout = typing.Literal["bhsd", "bshd"]
-LAYOUTS: tuple[Layout, ...] = typing.get_args(Layout)
+_ORDERS = {
+    "bhsd": "[batch, heads, seqlen, head_dim]",
+    "bshd": "[batch, seqlen, heads, head_dim]",
+    PACKED: "[tokens, heads, head_dim]",
+}
 
 
 def check_layout(layout: str) -> Layout:
@@ -27,72 +35,154 @@ def check_layout(layout: str) -> Layout:
     return layout
 
 
-def combine_mask(is_causal: bool, mask: Mask | None) -> Mask:
-    """Return the mask that `causal=` and `mask=` mean together.
+def tf32_allowed() -> bool:
+    """Return whether PyTorch may round the operands of float32 products on GPUs to 10 bits of mantissa."""
+    # Not allow_tf32: reading it raises where the setting was made through the newer name.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, options: Options) -> Problem:
+    """Return the problem that a call poses; its mask and score mod hold no tensors.
 
     Raises:
-        InputError: if `mask` is not a mask value.
-        UnsupportedError: if the two differ: masks do not compose in this version.
+        InputError: for a rank, dtype, device, batch, head count, length, head dimension or number that does not fit;
+            the message says what was got and what is allowed.
     """
-    if mask is not None and not isinstance(mask, Mask):
-        raise InputError(
-            f"mask must be a value of flashgen.masks (full(), causal()), got {type(mask).__name__}; "
-            "boolean tensors and functions are not taken"
-        )
-    if not is_causal:
-        return mask or full()
-    if isinstance(mask, Causal) and mask.align == "top_left":
-        raise UnsupportedError(
-            "causal=True means bottom-right alignment and cannot be combined with mask=causal('top_left')"
-        )
-    return causal()
+    if not options.packed:
+        check_layout(options.layout)
+    _check_qkv(q, k, v, options.layout)
+    _check_numbers(options)
+    shape = _shape_of(q, k, v, tensors, options)
+    check_side_tensors(q, shape, tensors)
+    spec = AttentionSpec(
+        dtype=_dtype(q),
+        head_dim_qk=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        mask=parse_mask(options.mask),
+        score_mod=_score_mod(options.score_mod),
+        softcap=options.softcap != 0,
+        alibi=tensors.alibi_slopes is not None,
+        sinks=tensors.sinks is not None,
+        dropout=options.dropout_p > 0,
+        varlen=options.packed,
+        seqused="q" * (tensors.seqused_q is not None) + "k" * (tensors.seqused_k is not None),
+        descale=tensors.q_descale is not None,
+        lse=options.return_lse,
+        **_bias_fields(q, shape, tensors.bias),
+    )
+    check_captures(q, spec, tensors.captures)
+    return Problem(spec=spec, shape=shape)
 
 
-def heads_first(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Return the tensor as a [batch, heads, seqlen, head_dim] view."""
-    return tensor if layout == "bhsd" else tensor.transpose(1, 2)
+def extras_of(problem: Problem, tensors: Tensors, options: Options) -> Extras:
+    """Return the numbers and tensors of a call, the bias with all its dimensions; nothing is copied."""
+    shape, bias = problem.shape, tensors.bias
+    if bias is not None:
+        bias = bias.expand(shape.batch, shape.nheads_q, shape.seqlen_q, shape.seqlen_k)
+    scale = problem.spec.default_scale if options.softmax_scale is None else options.softmax_scale
+    return Extras(
+        softmax_scale=scale,
+        softcap=options.softcap,
+        dropout_p=options.dropout_p,
+        **tensors._replace(bias=bias)._asdict(),
+    )
 
 
-def autocast(kind: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return float32 and 16-bit tensors in the autocast dtype of a kind of device, as PyTorch's attention does."""
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+class _BiasFields(typing.TypedDict):
+    bias: typing.Literal["none", "input", "fp32", "bool"]
+    bias_aligned: bool
 
 
-def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: Mask, layout: Layout, lse: bool) -> Problem:
-    """Return the problem that three tensors pose.
+def _bias_fields(q: torch.Tensor, shape: Shape, bias: torch.Tensor | None) -> _BiasFields:
+    if bias is None:
+        return {"bias": "none", "bias_aligned": True}
+    kind, aligned = bias_kind(q, shape, bias)
+    return {"bias": kind, "bias_aligned": aligned}
 
-    Raises:
-        InputError: for a rank, dtype, device, batch, head count, length or head dimension that does not fit; the
-            message says what was got and what is allowed.
-    """
+
+def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
+    dims = 3 if layout == PACKED else 4
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            order = "[batch, heads, seqlen, head_dim]" if layout == "bhsd" else "[batch, seqlen, heads, head_dim]"
-            raise InputError(f"{name} must have 4 dimensions {order}, got shape {tuple(tensor.shape)}")
+        if tensor.dim() != dims:
+            raise InputError(f"{name} must have {dims} dimensions {_ORDERS[layout]}, got shape {tuple(tensor.shape)}")
         if tensor.device != q.device:
             raise InputError(f"q, k and v must be on one device, got q on {q.device} and {name} on {tensor.device}")
         if tensor.dtype != q.dtype:
             raise InputError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {tensor.dtype}")
-    dtype = _dtype(q.dtype)
-    q, k, v = (heads_first(t, layout) for t in (q, k, v))
+
+
+def _check_numbers(options: Options) -> None:
+    if options.softmax_scale is not None and not math.isfinite(options.softmax_scale):
+        raise InputError(f"softmax_scale must be a finite number, got {options.softmax_scale}")
+    if not (options.softcap >= 0 and math.isfinite(options.softcap)):
+        raise InputError(f"softcap must be a finite number of at least 0 (0 is off), got {options.softcap}")
+    if not 0 <= options.dropout_p < 1:
+        raise InputError(f"dropout_p must be at least 0 and less than 1, got {options.dropout_p}")
+
+
+def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, options: Options) -> Shape:
+    q, k, v = (heads_first(t, options.layout) for t in (q, k, v))
+    if q.shape[-1] != k.shape[-1]:
+        raise InputError(f"q and k must have one head_dim, got {q.shape[-1]} and {k.shape[-1]}")
+    if options.packed:
+        if k.shape[:2] != v.shape[:2]:
+            raise InputError(
+                f"k and v must have the same tokens and heads, got k {k.shape[0]} tokens x {k.shape[1]} heads and "
+                f"v {v.shape[0]} tokens x {v.shape[1]} heads"
+            )
+        return Shape(
+            batch=_check_starts(q, tensors),
+            seqlen_q=_longest("max_seqlen_q", options.max_seqlen_q),
+            seqlen_k=_longest("max_seqlen_k", options.max_seqlen_k),
+            nheads_q=q.shape[1],
+            nheads_kv=k.shape[1],
+        )
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise InputError(f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
         raise InputError(
             f"k and v must have the same heads and seqlen, got k {k.shape[1]} heads x {k.shape[2]} and "
-            f"v {v.shape[1]} heads x {v.shape[2]} (layout {layout!r})"
+            f"v {v.shape[1]} heads x {v.shape[2]} (layout {options.layout!r})"
         )
-    if q.shape[3] != k.shape[3]:
-        raise InputError(f"q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
-    spec = AttentionSpec(dtype=dtype, head_dim_qk=q.shape[3], head_dim_v=v.shape[3], lse=lse, mask=mask)
-    shape = Shape(batch=q.shape[0], seqlen_q=q.shape[2], seqlen_k=k.shape[2], nheads_q=q.shape[1], nheads_kv=k.shape[1])
-    return Problem(spec=spec, shape=shape)
+    return Shape(batch=q.shape[0], seqlen_q=q.shape[2], seqlen_k=k.shape[2], nheads_q=q.shape[1], nheads_kv=k.shape[1])
 
 
-def _dtype(dtype: torch.dtype) -> DType:
+def _check_starts(q: torch.Tensor, tensors: Tensors) -> int:
+    """Return the batch size that cu_seqlens say."""
+    sizes = []
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        starts = getattr(tensors, name)
+        if not isinstance(starts, torch.Tensor) or starts.dim() != 1 or starts.dtype != torch.int32 or not len(starts):
+            got = f"{starts.dtype} {list(starts.shape)}" if isinstance(starts, torch.Tensor) else type(starts).__name__
+            raise InputError(f"{name} must be an int32 tensor [batch + 1], 0 first, of running totals; got {got}")
+        if starts.device != q.device:
+            raise InputError(f"{name} must be on the device of q, {q.device}, got {starts.device}")
+        sizes.append(len(starts) - 1)
+    if sizes[0] != sizes[1]:
+        raise InputError(f"cu_seqlens_q and cu_seqlens_k must cut one batch, got {sizes[0]} and {sizes[1]} sequences")
+    return sizes[0]
+
+
+def _longest(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InputError(f"{name} must be a whole number of at least 0, got {value!r}")
+    return value
+
+
+@functools.lru_cache(maxsize=256)
+def _score_mod(text: str) -> ModFunction | None:
+    if not text:
+        return None
+    score_mod = parse_mod(text)
+    if score_mod.role != "score":
+        raise InputError(f"score_mod must be a function of (score, b, h, q_idx, kv_idx), got {text[:80]}")
+    return score_mod
+
+
+def _dtype(q: torch.Tensor) -> DType:
     try:
-        return parse_dtype(str(dtype))
+        dtype = parse_dtype(str(q.dtype))
     except InputError:
-        allowed = ", ".join(f"torch.{d.torch_name}" for d in DType)
-        raise InputError(f"q, k and v must be one of {allowed}, got {dtype}; convert them first") from None
+        allowed = ", ".join(dict.fromkeys(f"torch.{d.torch_name}" for d in DType))
+        raise InputError(f"q, k and v must be one of {allowed}, got {q.dtype}; convert them first") from None
+    return DType.TF32 if dtype is DType.FP32 and q.is_cuda and tf32_allowed() else dtype

@@ -1,22 +1,28 @@
-"""`flashgen.attention` and what goes with it."""
+"""`flashgen.attention` and `flashgen.attention_varlen`."""
 
 from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Iterable
 
 import torch
 from torch.autograd import forward_ad
 
 from flashgen.codegen import KernelConfig
-from flashgen.dispatch import Selection
-from flashgen.errors import InputError, UnsupportedError
-from flashgen.launch import detect_target
-from flashgen.ops.checks import LAYOUTS, Layout, autocast, check_layout, combine_mask, problem_of
-from flashgen.ops.runtime import Options, choose, operands_of
-from flashgen.ops.torch_op import INTERPRETED_AS, encode_config, run
-from flashgen.spec import Mask, Problem, parse_problem
+from flashgen.ops.call import NO_TENSORS, PACKED, Layout, Options, encode_config
+from flashgen.ops.checks import check_layout
+from flashgen.ops.request import (
+    PLAIN_MASKS,
+    MaskLike,
+    Request,
+    ScoreModLike,
+    arguments_of,
+    autocast,
+    autocast_bias,
+    combine_masks,
+    refuse_gradients,
+)
+from flashgen.ops.torch_op import run
 
 
 @typing.overload
@@ -26,12 +32,24 @@ def attention(
     v: torch.Tensor,
     *,
     causal: bool = ...,
-    mask: Mask | None = ...,
+    window: tuple[int, int] = ...,
+    mask: MaskLike | None = ...,
+    score_mod: ScoreModLike | None = ...,
+    bias: torch.Tensor | None = ...,
     softmax_scale: float | None = ...,
+    softcap: float = ...,
+    alibi_slopes: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | torch.Tensor | None = ...,
     layout: Layout = ...,
     return_lse: typing.Literal[False] = ...,
+    deterministic: bool = ...,
     config: KernelConfig | None = ...,
     registry: str | os.PathLike[str] | None = ...,
+    q_descale: torch.Tensor | float | None = ...,
+    k_descale: torch.Tensor | float | None = ...,
+    v_descale: torch.Tensor | float | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -42,12 +60,24 @@ def attention(
     v: torch.Tensor,
     *,
     causal: bool = ...,
-    mask: Mask | None = ...,
+    window: tuple[int, int] = ...,
+    mask: MaskLike | None = ...,
+    score_mod: ScoreModLike | None = ...,
+    bias: torch.Tensor | None = ...,
     softmax_scale: float | None = ...,
+    softcap: float = ...,
+    alibi_slopes: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | torch.Tensor | None = ...,
     layout: Layout = ...,
     return_lse: typing.Literal[True],
+    deterministic: bool = ...,
     config: KernelConfig | None = ...,
     registry: str | os.PathLike[str] | None = ...,
+    q_descale: torch.Tensor | float | None = ...,
+    k_descale: torch.Tensor | float | None = ...,
+    v_descale: torch.Tensor | float | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -57,33 +87,62 @@ def attention(
     v: torch.Tensor,
     *,
     causal: bool = False,
-    mask: Mask | None = None,
+    window: tuple[int, int] = (-1, -1),
+    mask: MaskLike | None = None,
+    score_mod: ScoreModLike | None = None,
+    bias: torch.Tensor | None = None,
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
     layout: Layout = "bhsd",
     return_lse: bool = False,
+    deterministic: bool = False,
     config: KernelConfig | None = None,
     registry: str | os.PathLike[str] | None = None,
+    q_descale: torch.Tensor | float | None = None,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Return exact attention, softmax(softmax_scale * q k^T under the mask) v, by the best kernel known for the call.
+    """Return exact attention, softmax(softmax_scale * q k^T, modified and masked) v, by the best kernel known for it.
 
-    Grouped heads need no expanding: `nheads_q` is any multiple of `nheads_kv`. A row that sees no key gives 0 and
-    lse -inf. Forward only in this version.
+    A score is scaled, then capped, given to `score_mod`, added to bias and ALiBi, then masked. Grouped heads need no
+    expanding: `nheads_q` is any multiple of `nheads_kv`. A row that sees no key gives 0 and lse -inf. Forward only in
+    this version.
 
     Args:
         q: [batch, nheads_q, seqlen_q, head_dim_qk] (`bhsd`) or [batch, seqlen_q, nheads_q, head_dim_qk] (`bshd`);
-            float16, bfloat16 or float32, any strides (a last dimension that is not contiguous costs a copy).
-        k: the same with nheads_kv and seqlen_k; head dimensions are multiples of 8 from 16 to 256.
+            float16, bfloat16, float32 or float8_e4m3fn, any strides (a last dimension that is not contiguous costs a
+            copy).
+        k: the same with nheads_kv and seqlen_k; head dimensions are multiples of 8 from 16 to 512.
         v: the same as k with head_dim_v, which need not equal head_dim_qk.
         causal: query i sees keys up to i + seqlen_k - seqlen_q (bottom right, as FlashAttention).
-        mask: a value of `flashgen.masks`; combined with `causal` where both are given.
+        window: (left, right), for position p = i + seqlen_k - seqlen_q of query i: it sees the keys from p - left to
+            p + right; -1 is no bound.
+        mask: a value of `flashgen.masks`, or a plain function of (b, h, q_idx, kv_idx), read and never called; all of
+            `causal`, `window` and `mask` must let a key be seen.
+        score_mod: a plain function of (score, b, h, q_idx, kv_idx) that gives the new score; read likewise.
+        bias: added to the scores: q's dtype (bfloat16 for fp8) or float32, broadcast to [batch, nheads_q, seqlen_q,
+            seqlen_k]; of a bool one, False hides the key.
         softmax_scale: default head_dim_qk ** -0.5.
+        softcap: scores s become softcap * tanh(s / softcap); 0 is off.
+        alibi_slopes: [nheads_q] or [batch, nheads_q]: slope * |p - j| is taken off the score of key j.
+        sinks: [nheads_q], one extra logit in the denominator of every row; lse counts it.
+        dropout_p: share of the probabilities that is dropped, the rest scaled up.
+        seed: of the dropout: a whole number, or seed and offset as an int64 tensor [2] on q's device; by default drawn
+            from PyTorch's generator of the device.
         layout: order of the dimensions of q, k, v and out.
         return_lse: also return the natural-log log-sum-exp, float32 [batch, nheads_q, seqlen_q].
+        deterministic: equal calls give equal bits; the forward pass always does.
         config: run exactly this kernel configuration.
         registry: a registry file or folder to look in first.
+        q_descale, k_descale, v_descale: factors of fp8 q, k and v per (batch, key/value head), [batch, nheads_kv] or
+            what broadcasts to it.
 
     Returns:
-        out, like q with head_dim_v columns; with `return_lse`, the pair (out, lse).
+        out, like q with head_dim_v columns (bfloat16 for fp8); with `return_lse`, the pair (out, lse).
 
     Raises:
         InputError: for tensors or options that do not fit; the message says what is allowed.
@@ -93,93 +152,240 @@ def attention(
 
     The kernels' algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691, section 3.1).
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise UnsupportedError(
-            "this version of flashgen has no backward pass, and an input requires a gradient; call under "
-            "torch.no_grad(), or detach the inputs"
-        )
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v)):
-        raise UnsupportedError("flashgen has no forward-mode derivative (torch.func.jvp); detach the inputs")
-    kind = "cuda" if q.is_cuda else "cpu"
-    if torch.is_autocast_enabled(kind):
-        q, k, v = autocast(kind, q, k, v)
-    out, lse = run(
-        q,
-        k,
-        v,
-        ("causal" if causal else "full") if mask is None else str(combine_mask(causal, mask)),
-        softmax_scale,
-        layout,
-        return_lse,
-        "" if config is None else encode_config(config),
-        "" if registry is None else os.fspath(registry),
+    if (
+        (mask is None or type(mask) in PLAIN_MASKS)
+        and score_mod is None
+        and bias is None
+        and alibi_slopes is None
+        and sinks is None
+        and not softcap
+        and not dropout_p
+        and q_descale is None
+        and k_descale is None
+        and v_descale is None
+    ):
+        text = "causal" if causal else "full"
+        if mask is not None or window != (-1, -1):
+            text = str(combine_masks(causal, window, mask))
+        return _plain_call(q, k, v, text, softmax_scale, layout, return_lse, config, registry)
+    check_layout(layout)
+    request = Request(
+        causal=causal,
+        window=window,
+        mask=mask,
+        score_mod=score_mod,
+        bias=bias,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        layout=layout,
+        return_lse=return_lse,
+        config=config,
+        registry=registry,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
     )
-    return out if lse is None else (out, lse)
+    return call(q, k, v, request)
 
 
-def explain(
+@typing.overload
+def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = ...,
+    window: tuple[int, int] = ...,
+    mask: MaskLike | None = ...,
+    score_mod: ScoreModLike | None = ...,
+    bias: torch.Tensor | None = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    alibi_slopes: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | torch.Tensor | None = ...,
+    return_lse: typing.Literal[False] = ...,
+    deterministic: bool = ...,
+    config: KernelConfig | None = ...,
+    registry: str | os.PathLike[str] | None = ...,
+    q_descale: torch.Tensor | float | None = ...,
+    k_descale: torch.Tensor | float | None = ...,
+    v_descale: torch.Tensor | float | None = ...,
+    seqused_q: torch.Tensor | None = ...,
+    seqused_k: torch.Tensor | None = ...,
+) -> torch.Tensor: ...
+
+
+@typing.overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = ...,
+    window: tuple[int, int] = ...,
+    mask: MaskLike | None = ...,
+    score_mod: ScoreModLike | None = ...,
+    bias: torch.Tensor | None = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    alibi_slopes: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | torch.Tensor | None = ...,
+    return_lse: typing.Literal[True],
+    deterministic: bool = ...,
+    config: KernelConfig | None = ...,
+    registry: str | os.PathLike[str] | None = ...,
+    q_descale: torch.Tensor | float | None = ...,
+    k_descale: torch.Tensor | float | None = ...,
+    v_descale: torch.Tensor | float | None = ...,
+    seqused_q: torch.Tensor | None = ...,
+    seqused_k: torch.Tensor | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     *,
     causal: bool = False,
-    mask: Mask | None = None,
+    window: tuple[int, int] = (-1, -1),
+    mask: MaskLike | None = None,
+    score_mod: ScoreModLike | None = None,
+    bias: torch.Tensor | None = None,
     softmax_scale: float | None = None,
-    layout: Layout = "bhsd",
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     config: KernelConfig | None = None,
     registry: str | os.PathLike[str] | None = None,
-) -> Selection:
-    """Return which kernel `attention` would run for the same call, from which entry, and why not the others.
+    q_descale: torch.Tensor | float | None = None,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return attention over packed sequences of unequal lengths; see `attention` for all that is not said here.
 
-    For CPU tensors the answer is for `sm_90`, as in the interpreter. Arguments and errors are those of `attention`.
-    """
-    options = Options(
-        mask=combine_mask(causal, mask),
-        softmax_scale=1.0 if softmax_scale is None else softmax_scale,
-        layout=check_layout(layout),
-        return_lse=return_lse,
-        config=config,
-        registry=None if registry is None else os.fspath(registry),
-    )
-    problem = problem_of(q, k, v, mask=options.mask, layout=layout, lse=return_lse)
-    if not q.is_cuda:
-        return choose(problem, INTERPRETED_AS, options)
-    return choose(problem, detect_target(q.device), options, operands_of(q, k, v, problem, layout))
-
-
-def warmup(
-    problems: Iterable[Problem | str], *, device: torch.device | str = "cuda", layout: Layout | None = None
-) -> None:
-    """Choose, compile and load the kernels for `problems`, so that a CUDA graph capture finds them ready.
+    Sequence n has the queries cu_seqlens_q[n] to cu_seqlens_q[n + 1] and likewise the keys; positions, and the bottom
+    right of `causal`, are its own. Rows that belong to no sequence give 0 and lse -inf. The boundaries are checked once
+    for each tensor (in-place changes count as another), which waits for the GPU; never inside a CUDA graph capture.
 
     Args:
-        problems: problems, or their text (`b=4 hq=32 hkv=8 sq=4096 sk=4096 d=128 causal bf16`).
-        device: the GPU that will run them.
-        layout: of dense tensors; both when not given. Calls with other strides are prepared on their first use.
+        q: [tokens_q, nheads_q, head_dim_qk].
+        k: [tokens_k, nheads_kv, head_dim_qk].
+        v: [tokens_k, nheads_kv, head_dim_v].
+        cu_seqlens_q, cu_seqlens_k: int32 [batch + 1] on q's device: running totals of the lengths, 0 first.
+        max_seqlen_q, max_seqlen_k: the longest sequence, or more.
+        bias: broadcast to [batch, nheads_q, max_seqlen_q, max_seqlen_k].
+        seqused_q, seqused_k: int32 [batch]: only so many first rows of each sequence count.
+        return_lse: also return lse, float32 [nheads_q, tokens_q].
+
+    Returns:
+        out [tokens_q, nheads_q, head_dim_v]; with `return_lse`, the pair (out, lse).
 
     Raises:
-        InputError: if the device is no GPU, or a text is no problem.
+        InputError, UnsupportedError, ConfigError, NoKernelError: as `attention`.
     """
-    device = torch.device(device)
-    if device.type != "cuda":
-        raise InputError(f"warmup prepares GPU kernels, got device {device}")
-    for item in problems:
-        problem = parse_problem(item) if isinstance(item, str) else item
-        for order in LAYOUTS if layout is None else (check_layout(layout),):
-            _run_once(problem, order, device)
+    request = Request(
+        causal=causal,
+        window=window,
+        mask=mask,
+        score_mod=score_mod,
+        bias=bias,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        layout=PACKED,
+        return_lse=return_lse,
+        config=config,
+        registry=registry,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+    )
+    return call(q, k, v, request)
 
 
-def _run_once(problem: Problem, layout: Layout, device: torch.device) -> None:
-    spec, shape = problem.spec, problem.shape
-    dtype = getattr(torch, spec.dtype.torch_name)
+def call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, request: Request
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return what `attention`, or `attention_varlen` for packed sequences, returns for a request."""
+    kind = "cuda" if q.is_cuda else "cpu"
+    autocasts = torch.is_autocast_enabled(kind)
+    if autocasts:
+        q, k, v = autocast(kind, q, k, v)
+    tensors, options = arguments_of(q, k, request)
+    if autocasts and tensors.bias is not None:
+        tensors = tensors._replace(bias=autocast_bias(kind, tensors.bias))
+    refuse_gradients(q, k, v, *tensors[:-1], *tensors.captures)
+    out, lse = run(q, k, v, tensors, options)
+    return out if lse is None else (out, lse)
 
-    def empty(heads: int, seqlen: int, head_dim: int) -> torch.Tensor:
-        rows = (heads, seqlen) if layout == "bhsd" else (seqlen, heads)
-        return torch.empty((shape.batch, *rows, head_dim), dtype=dtype, device=device)
 
-    q = empty(shape.nheads_q, shape.seqlen_q, spec.head_dim_qk)
-    k = empty(shape.nheads_kv, shape.seqlen_k, spec.head_dim_qk)
-    v = empty(shape.nheads_kv, shape.seqlen_k, spec.head_dim_v)
-    for return_lse in (False, True):
-        torch.ops.flashgen.attention_forward(q, k, v, str(spec.mask), spec.default_scale, layout, return_lse, "", "")
+def _plain_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: str,
+    softmax_scale: float | None,
+    layout: str,
+    return_lse: bool,
+    config: KernelConfig | None,
+    registry: str | os.PathLike[str] | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return the same for a call of nothing but Q, K and V, by the shortest way."""
+    if layout == PACKED:
+        check_layout(layout)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        refuse_gradients(q, k, v)
+    kind = "cuda" if q.is_cuda else "cpu"
+    if torch.is_autocast_enabled(kind):
+        q, k, v = autocast(kind, q, k, v)
+    options = Options(
+        0,
+        0,
+        mask,
+        "",
+        softmax_scale,
+        0.0,
+        0.0,
+        layout,
+        return_lse,
+        encode_config(config),
+        "" if registry is None else os.fspath(registry),
+    )
+    out, lse = run(q, k, v, NO_TENSORS, options)
+    return out if lse is None else (out, lse)

@@ -6,7 +6,6 @@ import collections.abc
 import dataclasses
 import functools
 import logging
-import math
 from pathlib import Path
 
 import torch
@@ -14,24 +13,30 @@ import torch
 from flashgen.codegen import KernelConfig, render
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.dispatch import Selection, select
-from flashgen.errors import CompileError, FlashgenError, InputError
+from flashgen.errors import CompileError, FlashgenError
 from flashgen.launch import (
     ForwardLaunch,
     Operands,
     detect_target,
     fill_unseen,
     readable,
+    side_tensors,
     software_versions,
+    tile_table,
 )
-from flashgen.ops.checks import Layout, heads_first, problem_of
+from flashgen.ops.call import Options, Tensors, decode_config, heads_first
+from flashgen.ops.checks import extras_of, problem_of
+from flashgen.ops.lengths import check_cuts
+from flashgen.ops.unseen import unseen_outputs
 from flashgen.registry import Registry, generation, load, search_locations
-from flashgen.spec import AttentionSpec, Mask, Problem
+from flashgen.spec import AttentionSpec, Extras, Problem
 from flashgen.target import GpuTarget
 
 logger = logging.getLogger("flashgen")
 
 Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
-Runner = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Outputs]
+Runner = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Tensors], Outputs]
+_Change = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 @functools.lru_cache(maxsize=16)
@@ -42,80 +47,70 @@ def _load_registry(path: Path | None, generation_number: int) -> Registry:
     return registry
 
 
-def registry_for(path: str | None) -> Registry:
-    """Return the registry of the search path, with `path` first where one is given; read once."""
+def registry_for(path: str) -> Registry:
+    """Return the registry of the search path, with `path` first unless it is empty; read once."""
     return _load_registry(Path(path) if path else None, generation())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a call asks for besides its tensors."""
-
-    mask: Mask
-    softmax_scale: float
-    layout: Layout
-    return_lse: bool
-    config: KernelConfig | None = None
-    registry: str | None = None
-
-
-def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Runner:
+def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, options: Options) -> Runner:
     """Return a function that runs calls of exactly these shapes, strides and options on this device.
 
     Raises:
         InputError, ConfigError, NoKernelError: see `problem_of` and `select`.
         FlashgenError: inside a CUDA graph capture, where nothing may be compiled.
     """
-    layout = options.layout
-    problem = problem_of(q, k, v, mask=options.mask, layout=layout, lse=options.return_lse)
-    if not math.isfinite(options.softmax_scale):
-        raise InputError(f"softmax_scale must be a finite number, got {options.softmax_scale}")
-    if problem.shape.seqlen_k == 0 or q.numel() == 0:
-        return functools.partial(_run_unseen, problem=problem)
-    if options.softmax_scale < 0:
+    problem = problem_of(q, k, v, tensors, options)
+    extras = extras_of(problem, tensors, options)
+    if nothing_to_see(q, k, problem):
+        return functools.partial(_run_unseen, problem=problem, layout=options.layout)
+    if extras.softmax_scale < 0:
         # The kernels' running maximum assumes a scale of at least 0; a sign is exact to move into Q.
-        positive = dataclasses.replace(options, softmax_scale=-options.softmax_scale)
-        return _with_inputs(lambda q, k, v: (-q, k, v), positive)
+        positive = options._replace(softmax_scale=-extras.softmax_scale)
+        return _with_inputs(lambda q, k, v: (negated(q), k, v), positive)
     unreadable = tuple(not readable(t) for t in (q, k, v))
     if any(unreadable):
         say_copied(", ".join(name for name, copied in zip("qkv", unreadable, strict=True) if copied))
         return _with_inputs(
-            lambda *tensors: tuple(
-                t.contiguous() if copied else t for t, copied in zip(tensors, unreadable, strict=True)
+            lambda *inputs: tuple(
+                t.contiguous() if copied else t for t, copied in zip(inputs, unreadable, strict=True)
             ),
             options,
         )
-    operands = operands_of(q, k, v, problem, layout)
-    selection = choose(problem, detect_target(q.device), options, operands)
-    launch = ForwardLaunch(
-        plan=render(problem.spec, selection.config).plan,
-        compiled=compiled_kernel(problem.spec, selection.config, selection.target),
-        problem=problem,
-        config=selection.config,
-        operands=operands,
-        softmax_scale=options.softmax_scale,
-    )
-    return _Bound(launch, problem, q)
+    selection = choose(problem, detect_target(q.device), options, operands_of(q, k, v, problem, options.layout))
+    return _Bound(selection, q, k, v, extras, options)
 
 
-def operands_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, layout: Layout) -> Operands:
+def nothing_to_see(q: torch.Tensor, k: torch.Tensor, problem: Problem) -> bool:
+    """Return whether a call has no query, or no key that any query could see."""
+    shape = problem.shape
+    return 0 in (shape.batch, shape.seqlen_q, shape.seqlen_k, q.numel(), k.numel())
+
+
+def negated(q: torch.Tensor) -> torch.Tensor:
+    """Return -q; PyTorch negates no 8-bit numbers, so of those the sign bit is turned."""
+    if q.dtype.itemsize > 1:
+        return -q
+    return (q.view(torch.uint8) ^ 0x80).view(q.dtype)
+
+
+def operands_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, layout: str) -> Operands:
     """Return the strides that a kernel meets: of the tensors, or of the dense copies that are made first."""
-    out = torch.empty((*q.shape[:3], v.shape[3]), device="meta")
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), device="meta")
     met = {"q": q, "k": k, "v": v, "out": out}
     dense = {name: t if readable(t) else torch.empty(t.shape, device="meta") for name, t in met.items()}
-    return Operands.of({name: heads_first(t, layout) for name, t in dense.items()}, problem)
+    return Operands.of({name: heads_first(t, layout) for name, t in dense.items()})
 
 
-def _with_inputs(change: collections.abc.Callable[..., tuple[torch.Tensor, ...]], options: Options) -> Runner:
-    """Return a runner that changes the tensors first; what they become is prepared on its own first call."""
+def _with_inputs(change: _Change, options: Options) -> Runner:
+    """Return a runner that changes Q, K and V first; what they become is prepared on its own first call."""
     runners: dict[tuple[object, ...], Runner] = {}
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Outputs:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> Outputs:
         q, k, v = change(q, k, v)
         key = (q.stride(), k.stride(), v.stride())
         if key not in runners:
-            runners[key] = prepare(q, k, v, options)
-        return runners[key](q, k, v)
+            runners[key] = prepare(q, k, v, tensors, options)
+        return runners[key](q, k, v, tensors)
 
     return run
 
@@ -126,27 +121,30 @@ def choose(problem: Problem, target: GpuTarget, options: Options, operands: Oper
     def usable(candidate: KernelConfig) -> str | None:
         if operands is None:
             return None
-        reason = operands.refusal(candidate, problem.spec.dtype.itemsize)
-        return reason or _compile_refusal(problem.spec, candidate, target)
+        return operands.refusal(candidate, problem.spec) or _compile_refusal(problem.spec, candidate, target)
 
     return select(
         problem,
         target,
         registry=registry_for(options.registry),
         software=software_versions(),
-        config=options.config,
+        config=decode_config(options.config),
         usable=usable,
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def compiled_kernel(spec: AttentionSpec, config: KernelConfig, target: GpuTarget) -> CompiledKernel:
-    """Return a kernel compiled for a target; once a process.
+    """Return a kernel compiled for a target, once a process; one serves all numbers of a mask.
 
     Raises:
         CompileError: if Triton refuses it.
         FlashgenError: inside a CUDA graph capture.
     """
+    return _compiled(spec.structure(), config, target)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(spec: AttentionSpec, config: KernelConfig, target: GpuTarget) -> CompiledKernel:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise FlashgenError(
             f"no kernel for {spec} is ready and none can be compiled inside a CUDA graph capture; call "
@@ -169,36 +167,100 @@ def _compile_refusal(spec: AttentionSpec, config: KernelConfig, target: GpuTarge
 class _Bound:
     """A launch bound to one kind of call; allocates the outputs."""
 
-    def __init__(self, launch: ForwardLaunch, problem: Problem, q: torch.Tensor) -> None:
-        self._launch = launch
+    def __init__(
+        self,
+        selection: Selection,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        extras: Extras,
+        options: Options,
+    ) -> None:
+        problem, config = selection.problem, selection.config
+        spec = problem.spec
+        self._plan = render(spec, config).plan
+        self._launch = ForwardLaunch(
+            plan=self._plan,
+            compiled=compiled_kernel(spec, config, selection.target),
+            problem=problem,
+            config=config,
+            operands=operands_of(q, k, v, problem, options.layout),
+            extras=extras,
+        )
+        self._problem = problem
+        self._config = config
+        self._options = options
         self._device = q.device
-        self._out_size = (*q.shape[:3], problem.spec.head_dim_v)
-        self._like_q = q.is_contiguous() and self._out_size == q.shape
-        self._lse_size = _lse_size(problem)
         self._index = q.device.index
+        self._out_size = (*q.shape[:-1], spec.head_dim_v)
+        self._out_type: torch.dtype = getattr(torch, spec.dtype.out.torch_name)
+        self._like_q = q.is_contiguous() and self._out_size == q.shape and self._out_type == q.dtype
+        self._lse_size = lse_size(q, problem, options.layout) if spec.lse else None
+        # A call of nothing but Q, K and V asks for none of the work that other tensors make.
+        self._side = extras_need_side(extras) or not spec.mask.by_formula
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Outputs:
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> Outputs:
         # The cheaper of the two where it gives the same.
-        out = torch.empty_like(q) if self._like_q else q.new_empty(self._out_size)
+        out = torch.empty_like(q) if self._like_q else q.new_empty(self._out_size, dtype=self._out_type)
         lse = q.new_empty(self._lse_size, dtype=torch.float32) if self._lse_size else None
         if torch._C._cuda_getDevice() == self._index:
-            self._launch(q, k, v, out, lse)
+            self._run(q, k, v, out, lse, tensors)
         else:
             with torch.cuda.device(self._device):
-                self._launch(q, k, v, out, lse)
+                self._run(q, k, v, out, lse, tensors)
         return out, lse
 
+    def _run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        tensors: Tensors,
+    ) -> None:
+        if not self._side:
+            self._launch(q, k, v, out, lse)
+            return
+        extras = extras_of(self._problem, tensors, self._options)
+        if extras.cu_seqlens_q is not None and not sequences_fill(q, k, tensors, self._options):
+            # A kernel writes the rows of sequences alone.
+            fill_unseen(out, lse)
+        table = tile_table(self._problem, self._config, extras, self._device)
+        self._launch(q, k, v, out, lse, *side_tensors(self._plan, extras, table))
 
-def _lse_size(problem: Problem) -> tuple[int, ...] | None:
-    shape = problem.shape
-    return (shape.batch, shape.nheads_q, shape.seqlen_q) if problem.spec.lse else None
+
+def sequences_fill(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, options: Options) -> bool:
+    """Check where packed sequences lie, and return whether every query surely belongs to one.
+
+    Raises:
+        InputError: see `check_cuts`.
+    """
+    assert tensors.cu_seqlens_q is not None
+    assert tensors.cu_seqlens_k is not None
+    check_cuts("cu_seqlens_k", tensors.cu_seqlens_k, k.shape[0], options.max_seqlen_k)
+    return check_cuts("cu_seqlens_q", tensors.cu_seqlens_q, q.shape[0], options.max_seqlen_q)
 
 
-def _run_unseen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, problem: Problem) -> Outputs:
+def extras_need_side(extras: Extras) -> bool:
+    """Return whether a call has tensors besides Q, K and V."""
+    values = (getattr(extras, field.name) for field in dataclasses.fields(extras))
+    return any(isinstance(value, torch.Tensor) or (isinstance(value, tuple) and value) for value in values)
+
+
+def lse_size(q: torch.Tensor, problem: Problem, layout: str) -> tuple[int, ...]:
+    """Return the shape of lse, [batch, nheads_q, seqlen_q] or packed [nheads_q, tokens]."""
+    q = heads_first(q, layout)
+    return (q.shape[1], q.shape[0]) if problem.spec.varlen else tuple(q.shape[:3])
+
+
+def _run_unseen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, *, problem: Problem, layout: str
+) -> Outputs:
     """Return the outputs of a call without any key or without any query: nothing to launch."""
-    out = q.new_empty((*q.shape[:3], problem.spec.head_dim_v))
-    lse_size = _lse_size(problem)
-    return fill_unseen(out, q.new_empty(lse_size, dtype=torch.float32) if lse_size else None)
+    out = q.new_empty((*q.shape[:-1], problem.spec.head_dim_v), dtype=getattr(torch, problem.spec.dtype.out.torch_name))
+    lse = q.new_empty(lse_size(q, problem, layout), dtype=torch.float32) if problem.spec.lse else None
+    return unseen_outputs(out, lse, tensors)
 
 
 @functools.lru_cache(maxsize=8)

@@ -158,8 +158,7 @@ class _Composed(Mask):
         return type(self)(tuple(operand.structure(keep_numbers=keep_numbers) for operand in self.operands))
 
     def __str__(self) -> str:
-        parts = (f"({part})" if isinstance(part, _Composed) else str(part) for part in self.operands)
-        return self.operator.join(parts)
+        return self.operator.join([_in_brackets(part) for part in self.operands])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +216,12 @@ class Complement(Mask):
         return Complement(self.operand.structure(keep_numbers=keep_numbers))
 
     def __str__(self) -> str:
-        return f"~({self.operand})" if isinstance(self.operand, _Composed) else f"~{self.operand}"
+        return "~" + _in_brackets(self.operand)
+
+
+def _in_brackets(mask: Mask) -> str:
+    # No f-string: torch.compile traces this, and formats none of them.
+    return "(" + str(mask) + ")" if isinstance(mask, _Composed) else str(mask)
 
 
 def _compose(operator: type[_Composed], first: Mask, second: Mask) -> Mask:

@@ -122,6 +122,85 @@ def test_empty(lengths: tuple[int, int], batch: int) -> None:
     assert bool((lse == float("-inf")).all())
 
 
+FEATURES = (
+    "sliding_window(100,30)",
+    "causal softcap alibi",
+    "bias=input sinks",
+    "causal bias=bool:unaligned",
+    "dropout sinks causal",
+    "document(batched)&causal",
+    "score_mod('return score * 2.0 + (q_idx - kv_idx)') causal",
+    "varlen causal sinks",
+    "varlen seqused=qk bias=fp32",
+)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("lengths", API_LENGTHS, ids=lambda pair: f"{pair[0]}x{pair[1]}")
+def test_lengths_with_features(check_problem: Callable[..., None], lengths: tuple[int, int], features: str) -> None:
+    problem = f"b=2 hq=6 hkv=2 sq={lengths[0]} sk={lengths[1]} d=64 {features} bf16 lse"
+    for seed, layout in enumerate(("bhsd", "bshd")):
+        check_problem(problem, seed=seed, layout=layout)
+
+
+@pytest.mark.parametrize("features", ["full", "causal", "descale causal", "varlen descale"])
+def test_fp8(check_problem: Callable[..., None], features: str) -> None:
+    target = detect_target(torch.device("cuda", torch.cuda.current_device()))
+    if target.backend != "cuda" or target.capability < 89:
+        pytest.skip(f"{target.arch} has no fp8 products")
+    for lengths in ((113, 203), (512, 256), (1023, 1024)):
+        check_problem(f"b=2 hq=6 hkv=2 sq={lengths[0]} sk={lengths[1]} d=64 {features} fp8 lse")
+
+
+def test_tf32(check_problem: Callable[..., None]) -> None:
+    for lengths in ((113, 203), (384, 256)):
+        check_problem(f"b=2 hq=6 hkv=2 sq={lengths[0]} sk={lengths[1]} d=64 causal tf32 lse")
+
+
+def test_a_changed_setting_of_tf32_is_seen() -> None:
+    q, k, v = inputs(dtype=torch.float32)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        exact = flashgen.attention(q, k, v)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert not torch.equal(flashgen.attention(q, k, v), exact)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert torch.equal(flashgen.attention(q, k, v), exact)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_other_tensors_of_the_same_kind() -> None:
+    # What a launch is bound to are sizes and strides; the numbers come with each call.
+    q, k, v = inputs()
+    for seed in (1, 2):
+        bias, sinks = normal(113, 208, seed=seed)[:, :203], normal(6, dtype=torch.float32, seed=seed)
+        got = flashgen.attention(q, k, v, bias=bias, sinks=sinks, softcap=3.0 * seed)
+        want = flashgen.attention(*(t.cpu() for t in (q, k, v)), bias=bias.cpu(), sinks=sinks.cpu(), softcap=3.0 * seed)
+        torch.testing.assert_close(got.cpu(), want, atol=3e-2, rtol=3e-2)
+
+
+def test_packed_sequences_that_do_not_fit() -> None:
+    q = normal(10, 2, 64)
+    for starts, message in (([0, 6, 4], "must not decrease"), ([0, 6, 12], "ends at 12")):
+        wrong = torch.tensor(starts, dtype=torch.int32, device="cuda")
+        with pytest.raises(InputError, match=message):
+            flashgen.attention_varlen(q, q, q, wrong, wrong, 10, 10)
+
+
+def test_rows_of_no_sequence() -> None:
+    q = normal(300, 2, 64)
+    starts = torch.tensor([3, 100, 250], dtype=torch.int32, device="cuda")
+    # Freed at once, so that the outputs get this memory.
+    q.new_full((2, 300, 2, 64), float("nan"))
+    out, lse = flashgen.attention_varlen(q, q, q, starts, starts, 150, 150, return_lse=True)
+    outside = torch.tensor([*range(3), *range(250, 300)], device="cuda")
+    assert bool((out[outside] == 0).all())
+    assert bool((lse[:, outside] == float("-inf")).all())
+    assert bool(out.isfinite().all())
+
+
 def transposed(t: torch.Tensor) -> torch.Tensor:
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 

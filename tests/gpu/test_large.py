@@ -10,8 +10,8 @@ import torch
 import flashgen
 from flashgen.codegen import TritonForwardConfig
 from flashgen.launch import detect_target
-from flashgen.measure import accuracy_error, sampled_heads, take_heads
-from flashgen.spec import causal, full
+from flashgen.measure import Oracle, sampled_heads
+from flashgen.spec import AttentionSpec, DType, Extras, causal
 
 pytestmark = pytest.mark.gpu
 
@@ -66,8 +66,10 @@ def test_dense_queries_and_output() -> None:
     assert q.numel() > LIMIT
     out, lse = flashgen.attention(q, k, v, return_lse=True)
     # Whole heads, each of a million rows: the first, the last and one between.
-    sample = take_heads(sampled_heads(1, heads, 3, seed=0), q, k, v, out, lse)
-    report = accuracy_error(sample.out, sample.lse, sample.q, sample.k, sample.v, mask=full(), softmax_scale=dim**-0.5)
+    spec = AttentionSpec(dtype=DType.FP16, head_dim_qk=dim, head_dim_v=dim, lse=True)
+    extras = Extras(softmax_scale=spec.default_scale)
+    oracle = Oracle(q, k, v, spec=spec, extras=extras, heads=sampled_heads(1, heads, 3, seed=0))
+    report = oracle.judge(out, lse)
     assert report.ok, report.reason
 
 
@@ -84,3 +86,17 @@ def test_dense_keys() -> None:
     torch.testing.assert_close(out, v[:, :, planted], atol=2e-3, rtol=2e-3)
     own = (q.double() ** 2).sum(-1) * 0.5
     torch.testing.assert_close(lse.double(), own, atol=1e-2, rtol=1e-3)
+
+
+def test_packed_queries_and_output() -> None:
+    heads, seqlen, dim = 16, 2**19 + 67, 128
+    tokens = 2 * seqlen
+    q = torch.randn(tokens, heads, dim, device="cuda", dtype=torch.float16)
+    k, v = (torch.randn(200, 2, dim, device="cuda", dtype=torch.float16) for _ in range(2))
+    assert q.numel() > LIMIT
+    starts_q, starts_k = (torch.tensor([0, n // 2, n], device="cuda", dtype=torch.int32) for n in (tokens, 200))
+    out, lse = flashgen.attention_varlen(q, k, v, starts_q, starts_k, seqlen, 100, return_lse=True)
+    spec = AttentionSpec(dtype=DType.FP16, head_dim_qk=dim, head_dim_v=dim, varlen=True, lse=True)
+    extras = Extras(softmax_scale=spec.default_scale, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+    report = Oracle(q, k, v, spec=spec, extras=extras, heads=((0, 0), (1, heads - 1))).judge(out, lse)
+    assert report.ok, report.reason

@@ -131,6 +131,88 @@ def test_cuda_graphs_of_the_compiler() -> None:
 
 
 def test_opcheck() -> None:
+    rest = (*[None] * 11, [], 0, 0, "causal", "", 0.125, 0.0, 0.0)
     for layout in ("bhsd", "bshd"):
-        arguments = (*inputs(seqlen=40, layout=layout), "causal", 0.125, layout, True, "", "")
+        arguments = (*inputs(seqlen=40, layout=layout), *rest, layout, True, "", "")
         torch.library.opcheck(torch.ops.flashgen.attention_forward.default, arguments)
+
+
+def test_graph_capture_of_packed_sequences() -> None:
+    q, k, v = (t[0].transpose(0, 1).contiguous() for t in inputs(seqlen=300))
+    starts = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+    flashgen.warmup(["b=2 hq=6 hkv=2 s=200 d=64 varlen causal bf16"])
+    # Packed tensors of other sizes are another kind of call: this one prepares it.
+    flashgen.attention_varlen(q, k, v, starts, starts, 200, 200, causal=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flashgen.attention_varlen(q, k, v, starts, starts, 200, 200, causal=True)
+    for middle in (150, 190):
+        starts[1] = middle
+        graph.replay()
+        want = flashgen.attention_varlen(q, k, v, starts, starts, 200, 200, causal=True)
+        assert torch.equal(out, want)
+
+
+def test_graph_capture_of_dropout_draws_anew() -> None:
+    q, k, v = inputs(seqlen=320)
+    flashgen.attention(q, k, v, dropout_p=0.5)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flashgen.attention(q, k, v, dropout_p=0.5)
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(out, first)
+
+
+def test_graph_capture_with_a_seed() -> None:
+    q, k, v = inputs(seqlen=320)
+    want = flashgen.attention(q, k, v, dropout_p=0.5, seed=11)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flashgen.attention(q, k, v, dropout_p=0.5, seed=11)
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+def test_graph_capture_of_a_mask_that_only_its_tensors_bound() -> None:
+    q, k, v = inputs(seqlen=320)
+    mask = flashgen.masks.document(torch.arange(320, device="cuda") // 50)
+    want = flashgen.attention(q, k, v, mask=mask)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flashgen.attention(q, k, v, mask=mask)
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+def test_options_do_not_wait_for_the_gpu() -> None:
+    q, k, v = inputs(seqlen=320)
+    options = {"dropout_p": 0.5, "seed": 3, "window": (40, 0), "sinks": torch.zeros(6, device="cuda"), "softcap": 9.0}
+    flashgen.attention(q, k, v, **options)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flashgen.attention(q, k, v, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_inductor_with_features() -> None:
+    torch._dynamo.reset()
+    bias = torch.randn(6, 300, 300, device="cuda", dtype=torch.bfloat16)
+    ids = torch.arange(300, device="cuda") // 70
+
+    @torch.compile(fullgraph=True)
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = flashgen.masks.document(ids) & flashgen.masks.causal()
+        return flashgen.attention(q * 2, k, v, bias=bias * 2, mask=mask, sinks=bias[:, 0, 0]) + 1
+
+    q, k, v = inputs()
+    mask = flashgen.masks.document(ids) & flashgen.masks.causal()
+    want = flashgen.attention(q * 2, k, v, bias=bias * 2, mask=mask, sinks=bias[:, 0, 0]) + 1
+    torch.testing.assert_close(function(q, k, v), want)

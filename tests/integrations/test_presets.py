@@ -31,6 +31,15 @@ def test_grid_is_complete_and_keeps_tokens_and_width() -> None:
     assert all(p.shape.nheads_q == p.shape.nheads_kv for p in problems)
 
 
+def test_features_keep_the_tokens_and_the_heads() -> None:
+    problems = preset("features")
+    assert {p.shape.batch * p.shape.seqlen_q for p in problems} == {16384}
+    assert {(p.shape.nheads_q, p.shape.nheads_kv) for p in problems} == {(32, 8)}
+    meanings = {(str(p.spec.mask), p.spec.features) for p in problems}
+    assert len(meanings) == 7
+    assert len(problems) == 18
+
+
 def test_no_preset_repeats_a_problem() -> None:
     for name, problems in load_presets().items():
         assert problems, name

@@ -16,10 +16,10 @@ from flashgen.codegen import TritonForwardConfig, render
 from flashgen.compile import compile_kernel, load_kernel
 from flashgen.errors import ConfigError
 from flashgen.launch import interpret_forward
-from flashgen.launch.interpreter import run_interpreted
+from flashgen.launch.interpreted import run_interpreted
 from flashgen.measure import accuracy_error
-from flashgen.ops import torch_op
-from flashgen.spec import causal, full, parse_problem
+from flashgen.ops import cpu
+from flashgen.spec import AttentionSpec, Extras, causal, full, parse_dtype, parse_problem
 from flashgen.spec.masks import Mask
 from flashgen.target import named_target
 
@@ -41,7 +41,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[TritonForwardConfig]:
         seen.append(options["config"])
         return interpret_forward(*tensors, **options)
 
-    monkeypatch.setattr(torch_op, "interpret_forward", recorded)
+    monkeypatch.setattr(cpu, "interpret_forward", recorded)
     return seen
 
 
@@ -67,7 +67,10 @@ def assert_right(
     layout: str,
 ) -> None:
     q, k, v, got = ((t if layout == "bhsd" else t.transpose(1, 2)) for t in (*tensors, out))
-    report = accuracy_error(got, lse, q, k, v, mask=mask, softmax_scale=scale)
+    spec = AttentionSpec(
+        dtype=parse_dtype(str(q.dtype)), head_dim_qk=q.shape[3], head_dim_v=v.shape[3], mask=mask, lse=lse is not None
+    )
+    report = accuracy_error(got, lse, q, k, v, spec=spec, extras=Extras(softmax_scale=scale))
     assert report.ok, report.reason
 
 
@@ -166,7 +169,7 @@ def test_compiler_works_after_a_kernel_that_failed(tmp_path: Path, monkeypatch: 
     rendered = render(spec, CONFIG)
     call = JITFunction.__call__
     with pytest.raises(TypeError):
-        run_interpreted(load_kernel(rendered), 1, {"q_ptr": torch.zeros(1)})
+        run_interpreted(load_kernel(rendered), (1,), {"q_ptr": torch.zeros(1)})
     assert JITFunction.__call__ is call
     assert compile_kernel(rendered, spec, CONFIG, named_target("sm_80")).resources.registers >= 24
     with flashgen.interpreting():

@@ -10,7 +10,7 @@ import torch
 
 import flashgen
 from flashgen.measure import attention_reference
-from flashgen.spec import causal, full
+from flashgen.spec import AttentionSpec, Extras, causal, full, parse_dtype
 from flashgen.spec.masks import Mask
 
 Layout = typing.Literal["bhsd", "bshd"]
@@ -32,7 +32,10 @@ def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, scale: float, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = (t if layout == "bhsd" else t.transpose(1, 2) for t in (q, k, v))
-    out, lse = attention_reference(q, k, v, mask=mask, softmax_scale=scale, precision="input")
+    spec = AttentionSpec(
+        dtype=parse_dtype(str(q.dtype)), head_dim_qk=q.shape[3], head_dim_v=v.shape[3], mask=mask, lse=True
+    )
+    out, lse = attention_reference(q, k, v, spec=spec, extras=Extras(softmax_scale=scale), precision="input")
     return (out if layout == "bhsd" else out.transpose(1, 2)), lse
 
 

@@ -13,7 +13,8 @@ import torch
 import flashgen
 from flashgen.codegen import KernelResources, TritonForwardConfig, render
 from flashgen.launch import software_versions
-from flashgen.ops import torch_op
+from flashgen.ops import cpu, torch_op
+from flashgen.ops.call import NO_TENSORS, Options
 from flashgen.ops.runtime import operands_of, registry_for
 from flashgen.registry import (
     Accuracy,
@@ -125,7 +126,7 @@ def test_the_interpreter_runs_the_bundle(tmp_path: Path, monkeypatch: pytest.Mon
         seen.append(options["config"])
         return q, None
 
-    monkeypatch.setattr(torch_op, "interpret_forward", interpret)
+    monkeypatch.setattr(cpu, "interpret_forward", interpret)
     export_bundle([entry_for(PROBLEM)], tmp_path)
     with flashgen.interpreting():
         flashgen.attention(*tensors(), causal=True)
@@ -138,7 +139,7 @@ def test_the_interpreter_runs_the_bundle(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_registry_is_read_once(tmp_path: Path) -> None:
     write_entries(tmp_path / "mine", [entry_for(PROBLEM)])
     assert registry_for(str(tmp_path / "mine")) is registry_for(str(tmp_path / "mine"))
-    assert registry_for(None) is not registry_for(str(tmp_path / "mine"))
+    assert registry_for("") is not registry_for(str(tmp_path / "mine"))
 
 
 class FakeGpuTensor:
@@ -163,7 +164,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The length of each call that was prepared: chosen, compiled, bound."""
     seen: list[int] = []
 
-    def prepare(q: FakeGpuTensor, k: object, v: object, options: object) -> Callable[..., str]:
+    def prepare(q: FakeGpuTensor, k: object, v: object, tensors: object, options: object) -> Callable[..., str]:
         seen.append(q.shape[2])
         return lambda *tensors: f"ran {q.shape[2]}"
 
@@ -173,7 +174,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def call(seqlen: int, *, mask: str = "full", scale: float = 0.125, layout: str = "bhsd", lse: bool = False) -> object:
     tensor: object = FakeGpuTensor(seqlen)
-    return torch_op.forward(tensor, tensor, tensor, mask, scale, layout, lse, "", "")  # type: ignore[arg-type]
+    options = Options(0, 0, mask, "", scale, 0.0, 0.0, layout, lse, "", "")
+    return torch_op.forward(tensor, tensor, tensor, NO_TENSORS, options)  # type: ignore[arg-type]
 
 
 def test_a_call_is_prepared_once(prepared: list[int]) -> None:
@@ -210,6 +212,6 @@ def test_operands_are_those_of_the_copies_that_are_made() -> None:
     dense = torch.empty(2, 4, 32, 64, dtype=torch.float16)
     transposed = torch.empty(2, 4, 64, 32, dtype=torch.float16).transpose(2, 3)
     operands = operands_of(dense, transposed, dense, problem, "bhsd")
-    assert operands.q == operands.k == operands.v == operands.out == (8192, 2048, 64, 1)
+    assert operands.q.stride == operands.k.stride == operands.v.stride == operands.out.stride == (8192, 2048, 64, 1)
     strided = torch.empty(2, 32, 3, 4, 64, dtype=torch.float16)[:, :, 1].transpose(1, 2)
-    assert operands_of(strided, dense, dense, problem, "bhsd").q == strided.stride()
+    assert operands_of(strided, dense, dense, problem, "bhsd").q.stride == strided.stride()
