@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files with what is rendered now")
+    parser.addoption("--draws", type=int, help="how many random calls to draw in each of the product tests")
+    parser.addoption("--draw-seed", type=int, default=0, help="seed of the first of them")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "draw_seed" not in metafunc.fixturenames:
+        return
+    first, count = metafunc.config.getoption("--draw-seed"), metafunc.config.getoption("--draws")
+    metafunc.parametrize("draw_seed", range(first, first + (metafunc.module.DRAWS if count is None else count)))
+
+
+@pytest.fixture(scope="session")
+def product() -> types.ModuleType:
+    """The module that draws random calls, `product.py` beside this file."""
+    spec = importlib.util.spec_from_file_location("product", Path(__file__).with_name("product.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for the annotations of a module.
+    sys.modules["product"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ Model = typing.Annotated[
 ]
 Preset = typing.Annotated[
     str | None,
-    typer.Option("--preset", metavar="NAME", help="A named list of problems: quick, llama3-8b, grid, features."),
+    typer.Option("--preset", metavar="NAME", help="A named list of problems: quick, llama3-8b, grid, features, more."),
 ]
 Shapes = typing.Annotated[
     list[str] | None,

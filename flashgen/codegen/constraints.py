@@ -10,7 +10,7 @@ from __future__ import annotations
 import typing
 
 from flashgen.codegen.config import KernelConfig, TritonForwardConfig
-from flashgen.codegen.head_tiles import head_tiles
+from flashgen.codegen.head_tiles import tile_widths
 from flashgen.codegen.plan import single_loop_differs
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec, DType
@@ -28,10 +28,11 @@ _SPARE_REGISTERS = 16  # for addresses, row maxima and sums; what else the loop 
 
 
 def block_power_of_two(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
-    """Tiles have power-of-two sides of at least 16, as `tl.dot` needs."""
-    for name, size in (("block_m", config.block_m), ("block_n", config.block_n)):
-        if size < 16 or size & (size - 1):
-            return f"{name}={size} is not a power of two of at least 16"
+    """Tiles have power-of-two sides of at least 16, as `tl.dot` needs; products of fp8 sum over 32 keys at least."""
+    keys = 32 if spec.dtype is DType.FP8 else 16
+    for name, size, least in (("block_m", config.block_m, 16), ("block_n", config.block_n, keys)):
+        if size < least or size & (size - 1):
+            return f"{name}={size} is not a power of two of at least {least}"
     return None
 
 
@@ -77,7 +78,7 @@ def shared_memory_lower_bound(config: TritonForwardConfig, spec: AttentionSpec, 
     moved its tile to registers: one stage less, and Q need not stay.
     """
     itemsize = spec.dtype.itemsize
-    width_qk, width_v = (sum(head_tiles(dims, config.head_tiles)) for dims in (spec.head_dim_qk, spec.head_dim_v))
+    width_qk, width_v = map(sum, tile_widths(spec, config.head_tiles))
     k_tile = config.block_n * width_qk * itemsize
     v_tile = config.block_n * width_v * itemsize
     if not _product_is_async(config, spec, target):
@@ -99,7 +100,7 @@ def _has_tensor_memory(target: GpuTarget) -> bool:
 def accumulator_fits_registers(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """The float32 scores and output of a tile fit the registers of its threads."""
     threads = max(config.num_warps, 1) * target.warp_size
-    dims = sum(head_tiles(spec.head_dim_v, config.head_tiles))
+    dims = sum(tile_widths(spec, config.head_tiles)[1])
     # Tensor memory holds both; registers see one at a time, for the softmax or the rescale.
     in_tensor_memory = _has_tensor_memory(target) and _product_is_async(config, spec, target)
     columns = max(dims, config.block_n) if in_tensor_memory else dims + config.block_n
@@ -125,7 +126,7 @@ def descriptor_alignment(config: TritonForwardConfig, spec: AttentionSpec, targe
     for name, dims in (("head_dim_qk", spec.head_dim_qk), ("head_dim_v", spec.head_dim_v)):
         if dims * spec.dtype.itemsize % 16:
             return f"rows of {name}={dims} {spec.dtype} are not a multiple of 16 bytes, as loads=descriptor needs"
-    widths = [head_tiles(dims, config.head_tiles)[0] for dims in (spec.head_dim_qk, spec.head_dim_v)]
+    widths = [widths[0] for widths in tile_widths(spec, config.head_tiles)]
     box = max(config.block_m, config.block_n, *widths)
     if box > _MAX_DESCRIPTOR_BOX:
         return f"a tile side of {box} is more than the {_MAX_DESCRIPTOR_BOX} that loads=descriptor moves at once"
@@ -153,7 +154,7 @@ def head_tiles_matter(config: TritonForwardConfig, spec: AttentionSpec, target: 
     """A head dimension is cut into two tiles only where that is narrower than one."""
     if config.head_tiles not in (1, 2):
         return f"head_tiles={config.head_tiles} is neither 1 nor 2"
-    cut = any(len(head_tiles(dims, 2)) == 2 for dims in (spec.head_dim_qk, spec.head_dim_v))
+    cut = any(len(widths) == 2 for widths in tile_widths(spec, 2))
     if config.head_tiles == 2 and not cut:
         return f"head dimensions {spec.head_dim_qk} and {spec.head_dim_v} are no narrower as two tiles"
     return None

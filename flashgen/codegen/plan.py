@@ -9,7 +9,7 @@ import dataclasses
 
 from flashgen.codegen.arguments import side_pointer_types
 from flashgen.codegen.config import KernelConfig, TritonForwardConfig
-from flashgen.codegen.head_tiles import HeadTile, cut_head_dim, head_tiles
+from flashgen.codegen.head_tiles import HeadTile, name_tiles, tile_widths
 from flashgen.codegen.mask_plan import MaskPlan, plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
 from flashgen.codegen.signature import SCORE_PREFIX, capture_types, constant_names, kernel_arguments
@@ -230,8 +230,9 @@ def make_plan(spec: AttentionSpec, config: KernelConfig) -> ForwardPlan:
         raise ConfigError(f"no plan for template {config.template!r}; known: {TritonForwardConfig.template}")
     spec = spec.structure()
     mask = plan_mask(spec.mask)
-    qk_tiles = cut_head_dim("BLOCK_DQK", "HEAD_DIM_QK", spec.head_dim_qk, config.head_tiles)
-    v_tiles = cut_head_dim("BLOCK_DV", "HEAD_DIM_V", spec.head_dim_v, config.head_tiles)
+    widths_qk, widths_v = tile_widths(spec, config.head_tiles)
+    qk_tiles = name_tiles("BLOCK_DQK", "HEAD_DIM_QK", widths_qk)
+    v_tiles = name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v)
     score = spec.score_mod
     descriptor = config.loads == "descriptor"
     return ForwardPlan(
@@ -276,7 +277,7 @@ def constant_values(spec: AttentionSpec, config: KernelConfig) -> dict[str, int]
     if not isinstance(config, TritonForwardConfig):
         raise ConfigError(f"no constants for template {config.template!r}; known: {TritonForwardConfig.template}")
     values = {"HEAD_DIM_QK": spec.head_dim_qk, "HEAD_DIM_V": spec.head_dim_v}
-    for block, size in (("BLOCK_DQK", spec.head_dim_qk), ("BLOCK_DV", spec.head_dim_v)):
-        for suffix, width in zip(("", "_1"), head_tiles(size, config.head_tiles), strict=False):
+    for block, widths in zip(("BLOCK_DQK", "BLOCK_DV"), tile_widths(spec, config.head_tiles), strict=True):
+        for suffix, width in zip(("", "_1"), widths, strict=False):
             values[f"{block}{suffix}"] = width
     return values | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}

@@ -6,7 +6,7 @@ import dataclasses
 
 from flashgen.codegen import KernelConfig, TritonForwardConfig
 from flashgen.codegen.config import Loads
-from flashgen.codegen.head_tiles import head_tiles
+from flashgen.codegen.head_tiles import tile_widths
 from flashgen.spec import AttentionSpec, DType, Problem
 from flashgen.target import GpuTarget
 
@@ -31,7 +31,7 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
         first = (_config(128, 64, 4 if head_dim <= 64 else 8, 3), _config(128, 32, 4, 3), _config(64, 32, 4, 2))
     if problem.shape.seqlen_q <= 64:
         first = (_config(64, 64, 4, 3, "descriptor" if target.has_tma else "pointer"), *first)
-    if any(len(head_tiles(dims, 2)) == 2 for dims in (spec.head_dim_qk, spec.head_dim_v)):
+    if any(len(widths) == 2 for widths in tile_widths(spec, 2)):
         first = (*(dataclasses.replace(config, head_tiles=2) for config in first), *first)
     pointers = tuple(dataclasses.replace(config, loads="pointer") for config in first if config.loads != "pointer")
     return (*first, *pointers, *safe_configs())

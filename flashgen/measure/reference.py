@@ -206,16 +206,19 @@ def _bias_block(bias: Tensor, at: Positions, part: _Part) -> Tensor:
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return exp(scores - row maximum), what it is to be divided by [heads, rows, 1], and lse [heads, rows]."""
+    """Return exp(scores - row maximum), what it is to be divided by [heads, rows, 1], and lse [heads, rows].
+
+    A sink is one more logit of the row, of its maximum too.
+    """
     largest = scores.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        largest = largest.maximum(sinks.unsqueeze(-1))
     largest = largest.masked_fill(largest == float("-inf"), 0.0)
     weights = (scores - largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
-    lse = (largest + total.log()).squeeze(-1)
     if sinks is not None:
-        # A sink far above the scores makes the sum infinite and the probabilities 0, as they are.
         total = total + (sinks.unsqueeze(-1) - largest).exp()
-        lse = torch.logaddexp(lse, sinks.expand_as(lse))
+    lse = (largest + total.log()).squeeze(-1)
     return weights, total.masked_fill(total == 0, 1.0), lse
 
 

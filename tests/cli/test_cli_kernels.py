@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 from pathlib import Path
@@ -14,7 +15,7 @@ from flashgen.cli.comparison import OURS, Comparison, compare
 from flashgen.cli.machine import interpreter_finding
 from flashgen.measure import AccuracyReport, HostClock, attention_reference
 from flashgen.measure.peers import Peer
-from flashgen.spec import Problem, parse_problem
+from flashgen.spec import Extras, Problem, parse_problem
 
 SMALL = "b=1 hq=2 hkv=1 s=128 d=64 causal fp16"
 
@@ -79,16 +80,15 @@ def compared(*peers: Peer) -> Comparison:
 
 
 def reference_peer(factor: float) -> Peer:
-    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> typing.Any:
-        scale = factor * problem.spec.head_dim_qk**-0.5
-        mask = problem.spec.mask
-        return lambda: attention_reference(q, k, v, mask=mask, softmax_scale=scale, precision="input")[0]
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras) -> typing.Any:
+        scaled = dataclasses.replace(extras, softmax_scale=factor * extras.softmax_scale)
+        return lambda: attention_reference(q, k, v, spec=problem.spec, extras=scaled, precision="input")[0]
 
     return Peer(name=f"times-{factor:g}", make=make)
 
 
 def test_compare_times_the_right_and_refuses_the_wrong() -> None:
-    absent = Peer(name="gone", make=lambda q, k, v, problem: "gone is not installed")
+    absent = Peer(name="gone", make=lambda q, k, v, problem, extras: "gone is not installed")
     result = compared(reference_peer(1.0), reference_peer(2.0), absent)
     assert set(result.timings) == {OURS, "times-1"}
     assert result.absent["gone"] == "gone is not installed"
@@ -112,6 +112,7 @@ def test_comparisons_without_ours_can_be_shown(capsys: pytest.CaptureFixture[str
             Comparison(
                 problem=good.problem,
                 selection=good.selection,
+                flops=good.flops,
                 timings=timings,
                 accuracy={**good.accuracy, OURS: bad},
                 absent={OURS: "wrong result: NaN"},

@@ -10,7 +10,7 @@ import pytest
 
 import flashgen
 from flashgen.cli.configs import parse_config, short_config
-from flashgen.codegen import render
+from flashgen.codegen import config_from_dict, render
 from flashgen.registry import RegistryEntry, load, search_locations, write_entries
 from flashgen.spec import parse_problem
 
@@ -61,6 +61,37 @@ def test_explain_without_entries_is_exit_3(run: typing.Any) -> None:
     (selection,) = json.loads(result.stdout)["selections"]
     assert selection["rung"] == "heuristic"
     assert selection["problem"] == str(parse_problem(TUNED))
+
+
+def test_explain_falls_back_on_other_features(run: typing.Any, tuned: Path) -> None:
+    arguments = ("explain", "--shape", TUNED.replace("causal", "sliding_window(127, 0) softcap"), "--target", "H200")
+    result = run(*arguments, "--registry", tuned)
+    # Something runs, but nothing is tuned for it.
+    assert result.exit_code == 3
+    assert "rung      other features: " in result.stdout
+    assert "differs   measured on mask causal, not sliding_window(127,0)" in result.stdout
+    assert "differs   measured without softcap" in result.stdout
+    (selection,) = json.loads(run(*arguments, "--registry", tuned, "--json").stdout)["selections"]
+    assert selection["rung"] == "other features"
+    assert len(selection["differences"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("sliding_window(127, 0) softcap bf16", "causal & document alibi", "prefix_lm(64) sinks fp8 descale"),
+        *("(causal|chunked(8)) bias=input", "score_mod('return score * 0.5') varlen", "full dropout tf32"),
+    ],
+)
+def test_emit_understands_masks_and_features(run: typing.Any, words: str) -> None:
+    problem = parse_problem(f"b=1 hq=4 hkv=2 s=1024 d=64 {words}")
+    result = run("emit", "--shape", f"b=1 hq=4 hkv=2 s=1024 d=64 {words}", "--target", "H200", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    config = config_from_dict(document["selections"][0]["config"])
+    assert document["selections"][0]["problem"] == str(problem)
+    assert document["source"] == render(problem.spec, config).source
+    compile(document["source"], "kernel.py", "exec")
 
 
 def test_explain_without_a_gpu_says_what_it_answers_for(run: typing.Any) -> None:

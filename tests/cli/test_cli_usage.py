@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import typing
@@ -74,6 +75,8 @@ def test_version(run: typing.Any) -> None:
         (("explain", "--shape", SHAPE, "--target", "sm_12"), "H100 (NVIDIA H100"),
         (("explain", "--shape", SHAPE, "--target", "sm_90", "--device", "cuda:0"), "either --device"),
         (("explain", "--shape", SHAPE, "--device", "tpu"), "cuda:N"),
+        (("explain", "--shape", f"{SHAPE} window=127,0"), "sliding_window(127,0)"),
+        (("explain", "--shape", f"{SHAPE} sliding_window(127"), "a bracket has no partner"),
         (("explain", "--model", "no/such.json"), "no/such.json"),
         (("explain", "--model", "x.json", "--seqlen", "1k"), "whole numbers"),
         (("emit", "--preset", "grid", "--target", "sm_90"), "different sources"),
@@ -135,8 +138,15 @@ def test_control_characters_of_others_stay_out_of_the_terminal() -> None:
 
 
 def test_a_model_says_what_it_skips(run: typing.Any) -> None:
+    config = ROOT / "tests" / "integrations" / "configs" / "lfm2-1.2b.json"
+    result = run("explain", "--model", config, "--seqlen", "1024", "--target", "H200", "--json")
+    assert "skipped in lfm2: conv layers (10 of 16)" in result.stderr
+    assert result.exit_code == 3
+
+
+def test_a_model_asks_for_its_windows(run: typing.Any) -> None:
     config = ROOT / "tests" / "integrations" / "configs" / "mistral-7b-v0.1.json"
     result = run("explain", "--model", config, "--seqlen", "1024,8192", "--target", "H200", "--json")
-    assert "skipped in mistral: " in result.stderr
-    assert "8192" in result.stderr
-    assert result.exit_code == 3
+    assert "skipped" not in result.stderr
+    asked = [selection["problem"] for selection in json.loads(result.stdout)["selections"]]
+    assert ["sliding_window(4095,0)" in problem for problem in asked] == [False, True]

@@ -21,6 +21,7 @@ def test_round_trip() -> None:
         CONFIG,
         TritonForwardConfig(block_m=16, block_n=16, num_warps=1, num_stages=1),
         dataclasses.replace(CONFIG, maxnreg=168),
+        dataclasses.replace(CONFIG, head_tiles=2, loops="single"),
     ):
         assert config_from_dict(config.as_dict()) == config
         assert config_from_dict(json.loads(json.dumps(config.as_dict()))) == config
@@ -35,7 +36,8 @@ def test_defaults_may_be_left_out() -> None:
 def test_dict_and_text_are_in_a_fixed_order() -> None:
     assert list(GOOD) == ["template", *sorted(GOOD.keys() - {"template"})]
     assert str(CONFIG) == (
-        "triton/forward block_m=128 block_n=64 head_group=4 loads=descriptor maxnreg=0 num_stages=2 num_warps=8"
+        "triton/forward block_m=128 block_n=64 head_group=4 head_tiles=1 loads=descriptor loops=split maxnreg=0 "
+        "num_stages=2 num_warps=8"
     )
 
 
@@ -79,11 +81,12 @@ def test_unknown_and_missing_fields_are_all_named() -> None:
     message = str(caught.value)
     assert "unknown fields ['block_k', 'stages']" in message
     assert "missing fields ['block_m', 'num_warps']" in message
-    assert "its fields are block_m, block_n, head_group, loads, maxnreg, num_stages, num_warps" in message
+    fields = "block_m, block_n, head_group, head_tiles, loads, loops, maxnreg, num_stages, num_warps"
+    assert f"its fields are {fields}" in message
 
 
 @pytest.mark.parametrize("value", ["64", 64.0, -64, True, None, [64]])
-@pytest.mark.parametrize("field", ["block_m", "num_stages", "maxnreg", "head_group"])
+@pytest.mark.parametrize("field", ["block_m", "num_stages", "maxnreg", "head_group", "head_tiles"])
 def test_a_number_of_the_wrong_kind(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{field} must be a whole number of at least 0, got"):
         config_from_dict({**GOOD, field: value})
@@ -93,3 +96,9 @@ def test_a_number_of_the_wrong_kind(field: str, value: object) -> None:
 def test_loads_of_the_wrong_kind(value: object) -> None:
     with pytest.raises(ConfigError, match="loads must be one of pointer, descriptor, got"):
         config_from_dict({**GOOD, "loads": value})
+
+
+@pytest.mark.parametrize("value", ["both", "", 1, None, ["split"]])
+def test_loops_of_the_wrong_kind(value: object) -> None:
+    with pytest.raises(ConfigError, match="loops must be one of split, single, got"):
+        config_from_dict({**GOOD, "loops": value})

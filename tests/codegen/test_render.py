@@ -12,13 +12,13 @@ from flashgen.codegen import (
     KernelConfig,
     TritonForwardConfig,
     argument_kind,
-    block_head_dim,
     code_digest,
     constant_values,
     is_current,
     make_plan,
     render,
 )
+from flashgen.codegen.head_tiles import head_tiles, next_power_of_two
 from flashgen.codegen.render import _environment
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec, DType, causal
@@ -40,8 +40,10 @@ def test_numbers_do_not_change_the_source(loads: str) -> None:
     source = render(SPEC, config).source
     for d, dv in ((16, 16), (72, 40), (192, 128), (256, 256)):
         assert render(dataclasses.replace(SPEC, head_dim_qk=d, head_dim_v=dv), config).source == source
-    for dtype in DType:
+    for dtype in (DType.FP16, DType.BF16, DType.FP32):
         assert render(dataclasses.replace(SPEC, dtype=dtype), config).source == source
+    for dtype in (DType.FP8, DType.TF32):
+        assert render(dataclasses.replace(SPEC, dtype=dtype), config).source != source
     for change in ({"block_m": 128}, {"block_n": 128}, {"num_warps": 8}, {"num_stages": 3}, {"maxnreg": 128}):
         assert render(SPEC, dataclasses.replace(config, **change)).source == source
 
@@ -118,19 +120,32 @@ def test_unknown_template(function: typing.Callable[[AttentionSpec, KernelConfig
         function(SPEC, OTHER)
 
 
-def test_tiles_are_the_next_power_of_two() -> None:
-    for head_dim in range(8, 257, 8):
-        width = block_head_dim(head_dim)
-        assert width >= max(16, head_dim)
-        assert width & (width - 1) == 0
-        assert width == 16 or width < 2 * head_dim
+def test_tiles_cover_a_head_dimension() -> None:
+    for head_dim in range(16, 513, 8):
+        (whole,) = head_tiles(head_dim, 1)
+        assert whole == next_power_of_two(head_dim)
+        assert head_dim <= whole < 2 * head_dim
+        tiles = head_tiles(head_dim, 2)
+        assert all(width >= 16 and width & (width - 1) == 0 for width in tiles)
+        assert sum(tiles) >= head_dim
+        assert len(tiles) == 1 or (sum(tiles) < whole and tiles[0] > tiles[1])
+    # Products of fp8 sum over 32 columns at least.
+    assert [head_tiles(dims, 2, 32) for dims in (16, 48, 80, 96, 144)] == [(32,), (64,), (64, 32), (64, 32), (128, 32)]
+    composed = {dims: head_tiles(dims, 2) for dims in (80, 96, 112, 128, 160, 192)}
+    assert composed == {
+        80: (64, 16), 96: (64, 32), 112: (128,), 128: (128,), 160: (128, 32), 192: (128, 64),
+    }  # fmt: skip
 
 
 def test_constants_of_unequal_head_dimensions() -> None:
-    values = constant_values(dataclasses.replace(SPEC, head_dim_qk=192, head_dim_v=72), CONFIG)
-    assert values == {
-        "HEAD_DIM_QK": 192, "HEAD_DIM_V": 72, "BLOCK_DQK": 256, "BLOCK_DV": 128, "BLOCK_M": 64, "BLOCK_N": 32,
-    }  # fmt: skip
+    spec = dataclasses.replace(SPEC, head_dim_qk=192, head_dim_v=72)
+    blocks = {"BLOCK_M": 64, "BLOCK_N": 32}
+    dims = {"HEAD_DIM_QK": 192, "HEAD_DIM_V": 72}
+    assert constant_values(spec, CONFIG) == {**dims, "BLOCK_DQK": 256, "BLOCK_DV": 128, **blocks}
+    two = dataclasses.replace(CONFIG, head_tiles=2)
+    cut = {"BLOCK_DQK": 128, "BLOCK_DQK_1": 64, "BLOCK_DV": 64, "BLOCK_DV_1": 16}
+    assert constant_values(spec, two) == {**dims, **cut, **blocks}
+    assert set(make_plan(spec, two).constants) == {*dims, *cut, *blocks}
 
 
 def test_argument_kinds() -> None:

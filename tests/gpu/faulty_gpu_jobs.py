@@ -18,7 +18,7 @@ from flashgen.codegen import KernelConfig
 from flashgen.compile import CompiledKernel
 from flashgen.launch import bind_forward
 from flashgen.measure import Outcome, Rejected, Timing
-from flashgen.spec import Problem
+from flashgen.spec import Extras, Problem
 from flashgen.tuning import gpu_jobs
 
 _flags: list[torch.Tensor] = []
@@ -64,10 +64,10 @@ def _plant(job: str) -> None:
         problem: Problem,
         config: KernelConfig,
         compiled: CompiledKernel,
-        softmax_scale: float,
+        extras: Extras,
         tensors: typing.Mapping[str, torch.Tensor],
     ) -> typing.Callable[[], None]:
-        call = bind_forward(problem, config, compiled, softmax_scale, tensors)
+        call = bind_forward(problem, config, compiled, extras, tensors)
         fault = plan.get(str(config))
         if fault is None:
             return call

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import flashgen
+from flashgen.codegen import render
 from flashgen.codegen.constraints import check_config
-from flashgen.dispatch import is_stale
-from flashgen.launch import detect_target, software_versions
-from flashgen.measure import accuracy_error, sampled_heads, take_heads
+from flashgen.compile import compile_kernel
+from flashgen.dispatch import is_stale, select
+from flashgen.launch import bind_forward, detect_target, software_versions
+from flashgen.measure import Oracle, poisoned_outputs, random_extras, random_inputs, sampled_heads
 from flashgen.registry import Location, RegistryEntry, load
 from flashgen.registry.entry import RANGE_AXES
 from flashgen.resources import shipped_registry_dir
-from flashgen.spec import Problem, Shape
+from flashgen.spec import AttentionSpec, Problem, Shape
+from flashgen.target import GpuTarget
 
 pytestmark = pytest.mark.gpu
 
@@ -33,32 +38,29 @@ def problem_of(entry: RegistryEntry) -> Problem:
     return Problem(spec=entry.spec, shape=Shape(**sizes))
 
 
-def tensors_of(problem: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shape, spec = problem.shape, problem.spec
-    generator = torch.Generator(device="cuda").manual_seed(0)
+def target_here() -> GpuTarget:
+    return detect_target(torch.device("cuda", torch.cuda.current_device()))
 
-    def normal(heads: int, seqlen: int, dim: int) -> torch.Tensor:
-        dtype = getattr(torch, spec.dtype.torch_name)
-        return torch.randn(shape.batch, heads, seqlen, dim, generator=generator, device="cuda", dtype=dtype)
 
-    return (
-        normal(shape.nheads_q, shape.seqlen_q, spec.head_dim_qk),
-        normal(shape.nheads_kv, shape.seqlen_k, spec.head_dim_qk),
-        normal(shape.nheads_kv, shape.seqlen_k, spec.head_dim_v),
-    )
+def of_every_kind(entries: list[RegistryEntry]) -> list[RegistryEntry]:
+    """Return one entry of each spec, the one with the fewest queries."""
+    found: dict[AttentionSpec, RegistryEntry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.range.seqlen_q.lo * entry.range.batch.lo):
+        found.setdefault(entry.spec, entry)
+    return list(found.values())
 
 
 def test_entries_are_fresh_and_legal() -> None:
-    target = detect_target(torch.device("cuda", torch.cuda.current_device()))
     for entry in shipped():
         assert is_stale(entry) is None
-        assert check_config(entry.config, entry.spec, target) == ()
+        assert check_config(entry.config, entry.spec, target_here()) == ()
 
 
 def test_a_shipped_shape_gets_its_own_entry() -> None:
+    registry = load([Location(path=shipped_registry_dir(), label="shipped")])
     software = software_versions()
-    for entry in shipped()[:6]:
-        selection = flashgen.explain(*tensors_of(problem_of(entry)), mask=entry.spec.mask)
+    for entry in shipped():
+        selection = select(problem_of(entry), target_here(), registry=registry, software=software)
         measured = (entry.provenance.triton, entry.provenance.driver)
         rung = "exact" if measured == (software.triton, software.driver) else "other software"
         if entry.origin == "predicted":
@@ -68,21 +70,26 @@ def test_a_shipped_shape_gets_its_own_entry() -> None:
         assert selection.distance == 0
 
 
+def test_a_call_finds_its_entry() -> None:
+    plain = [entry for entry in shipped() if not entry.spec.features and not entry.spec.mask.captures]
+    for entry in of_every_kind(plain)[:3]:
+        q, k, v = random_inputs(problem_of(entry), device="cuda", seed=0)
+        selection = flashgen.explain(q, k, v, mask=entry.spec.mask, score_mod=entry.spec.score_mod)
+        assert selection.config == entry.config
+        assert selection.distance == 0
+
+
 def test_shipped_configs_are_right() -> None:
-    for entry in shipped()[:6]:
-        problem = problem_of(entry)
-        q, k, v = tensors_of(problem)
-        mask = entry.spec.mask
-        out, lse = flashgen.attention(q, k, v, mask=mask, config=entry.config, return_lse=True)
-        pairs = sampled_heads(problem.shape.batch, problem.shape.nheads_q, 2, seed=0)
-        sample = take_heads(pairs, q, k, v, out, lse)
-        report = accuracy_error(
-            sample.out,
-            sample.lse,
-            sample.q,
-            sample.k,
-            sample.v,
-            mask=mask,
-            softmax_scale=problem.spec.default_scale,
-        )
-        assert report.ok, f"{report.reason}\n{entry.config} for {problem}"
+    for entry in of_every_kind(shipped()):
+        problem, config = problem_of(entry), entry.config
+        spec, shape = dataclasses.replace(problem.spec, lse=True), problem.shape
+        problem = Problem(spec=spec, shape=shape)
+        q, k, v = random_inputs(problem, device="cuda", seed=0)
+        extras = random_extras(problem, device="cuda", seed=0)
+        out, lse = poisoned_outputs(problem, device="cuda")
+        assert lse is not None
+        compiled = compile_kernel(render(spec, config), spec.structure(), config, target_here())
+        bind_forward(problem, config, compiled, extras, {"q": q, "k": k, "v": v, "out": out, "lse": lse})()
+        heads = sampled_heads(shape.batch, shape.nheads_q, 2, seed=0)
+        report = Oracle(q, k, v, spec=spec, extras=extras, heads=heads).judge(out, lse)
+        assert report.ok, f"{report.reason}\n{config} for {problem}"

@@ -12,7 +12,7 @@ import torch
 from flashgen.codegen import TritonForwardConfig
 from flashgen.launch import interpret_forward
 from flashgen.measure import accuracy_error
-from flashgen.spec import causal, full, parse_problem
+from flashgen.spec import Extras, causal, full, parse_problem
 
 Check = Callable[..., None]
 
@@ -118,8 +118,9 @@ def test_nothing_beside_the_outputs_is_written(
     problem = parse_problem(
         f"b={BATCH} hq={NHEADS_Q} hkv={NHEADS_KV} sq={SEQLEN_Q} sk={SEQLEN_K} d={DIM} dv={DIM_V} {mask} fp16 lse"
     )
-    interpret_forward(q, k, v, problem=problem, config=config, softmax_scale=0.2)
-    report = accuracy_error(out, lse, q, k, v, mask=problem.spec.mask, softmax_scale=0.2)
+    extras = Extras(softmax_scale=0.2)
+    interpret_forward(q, k, v, problem=problem, config=config, extras=extras)
+    report = accuracy_error(out, lse, q, k, v, spec=problem.spec, extras=extras)
     assert report.ok, report.reason
     for whole, part in ((buffer, out), (lse_buffer, lse)):
         part.fill_(guard)

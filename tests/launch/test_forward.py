@@ -13,13 +13,42 @@ import torch
 from flashgen.codegen import ForwardPlan, TritonForwardConfig, constant_values, render
 from flashgen.compile import CompiledKernel
 from flashgen.errors import InputError
-from flashgen.launch import ForwardLaunch, Operands, allocate_outputs, bind_forward, grid_size, readable
+from flashgen.launch import (
+    ForwardLaunch,
+    Operands,
+    allocate_outputs,
+    bind_forward,
+    grid_size,
+    readable,
+    side_tensors,
+    tile_table,
+)
 from flashgen.launch.forward import kernel_arguments, launch_values
-from flashgen.spec import Problem, Shape, parse_problem
+from flashgen.launch.operands import Layout4D
+from flashgen.measure import poisoned_outputs, random_extras, random_inputs
+from flashgen.spec import DType, Extras, Problem, Shape, parse_problem
 
 CONFIG = TritonForwardConfig(block_m=64, block_n=32, num_warps=4, num_stages=2, head_group=3)
 DESCRIPTOR = dataclasses.replace(CONFIG, loads="descriptor")
 PROBLEM = parse_problem("b=2 hq=6 hkv=2 sq=130 sk=77 d=64 dv=40 causal fp16 lse")
+EXTRAS = Extras(softmax_scale=0.3)
+# One problem of each kind of argument that a kernel may take.
+PROBLEMS = {
+    "plain": "causal",
+    "numbers": "sliding_window(9,3)&chunked(40)",
+    "table": "causal&document(batched)",
+    "captures": "mask_mod('return t[b,q_idx]<u[kv_idx]',t='float32[b,q_idx]',u='int64[kv_idx]')",
+    "score_mod": "causal score_mod('return score*w[h]',w='bfloat16[h]')",
+    "bias": "full bias=input",
+    "bias_unaligned": "full bias=bool:unaligned",
+    "alibi_sinks_softcap": "full alibi sinks softcap",
+    "dropout": "full dropout",
+    "varlen": "causal varlen",
+    "varlen_document": "document varlen seqused=qk",
+    "seqused": "full seqused=qk",
+    "head_tiles": "causal d=96 dv=80",
+    "fp8": "causal d=64 dv=64 fp8 descale",
+}
 
 
 def tensors_for(problem: Problem) -> dict[str, torch.Tensor]:
@@ -64,10 +93,10 @@ def test_sizes_past_32_bits(batch: int, seqlen_q: int, seqlen_k: int) -> None:
 
 def test_scalars() -> None:
     tensors = tensors_for(PROBLEM)
-    operands = Operands.of(tensors, PROBLEM)
-    values = launch_values(PROBLEM, CONFIG, operands, 0.3)
+    values = launch_values(PROBLEM, CONFIG, Operands.of(tensors), EXTRAS)
     assert values.pop("qk_scale") == pytest.approx(0.3 * math.log2(math.e))
-    assert values == {
+    plan = render(PROBLEM.spec, CONFIG).plan
+    assert {name: value for name, value in values.items() if name in plan.arguments} == {
         "num_heads_total": 12, "nheads_q": 6, "group": 3, "SEQLEN_Q": 130, "SEQLEN_K": 77, "head_group": 3,
         # bshd queries; dense keys and values; out like q.
         "stride_qz": 130 * 6 * 64, "stride_qh": 64, "stride_qm": 6 * 64,
@@ -78,53 +107,156 @@ def test_scalars() -> None:
     }  # fmt: skip
 
 
+def numbers_of(text: str) -> dict[str, float]:
+    """The scalar arguments of a small problem with these words, at softmax_scale 0.5."""
+    problem = parse_problem(f"b=2 hq=6 hkv=2 sq=13 sk=7 d=64 fp16 {text}")
+    q, k, v = random_inputs(problem, device="cpu", seed=0)
+    out, _ = poisoned_outputs(problem, device="cpu")
+    operands = Operands.of({"q": q, "k": k, "v": v, "out": out})
+    extras = random_extras(problem, device="cpu", seed=2, softmax_scale=0.5)
+    values = launch_values(problem, CONFIG, operands, extras)
+    return {name: values[name] for name in render(problem.spec, CONFIG).plan.arguments if name in values}
+
+
+def test_numbers_of_a_mask() -> None:
+    values = numbers_of("sliding_window(9,3)&chunked(40)")
+    assert {name: values[name] for name in ("window_left", "window_right", "chunk_size")} == {
+        "window_left": 9, "window_right": 3, "chunk_size": 40,
+    }  # fmt: skip
+    # Two windows that are no one window.
+    values = numbers_of("sliding_window(9,3)|sliding_window(1,7)")
+    assert sorted(value for name, value in values.items() if name.startswith("window")) == [1, 3, 7, 9]
+
+
+def test_numbers_of_scores() -> None:
+    log2e = math.log2(math.e)
+    assert numbers_of("")["qk_scale"] == pytest.approx(0.5 * log2e)
+    # A score_mod takes scores in natural units.
+    mod = "score_mod('return score+1.0')"
+    assert numbers_of(mod)["qk_scale"] == pytest.approx(0.5)
+    # A capped score is c - 2 c / (1 + 2 ** (2 log2(e) score / c)).
+    problem = parse_problem("b=1 h=1 s=3 d=16 fp16 softcap")
+    cap = random_extras(problem, device="cpu", seed=0).softcap
+    for words, base in (("softcap", log2e), (f"softcap {mod}", 1.0)):
+        values = numbers_of(words)
+        assert values["qk_scale"] == pytest.approx(0.5 * 2.0 * log2e / cap)
+        assert values["softcap"] == pytest.approx(cap * base)
+
+
+def test_numbers_of_dropout() -> None:
+    problem = dataclasses.replace(PROBLEM, spec=dataclasses.replace(PROBLEM.spec, dropout=True))
+    operands = Operands.of(tensors_for(PROBLEM))
+    for share, threshold in ((0.25, 2**30), (0.0, 0), (0.999999999999, 2**32 - 1)):
+        extras = Extras(softmax_scale=1.0, dropout_p=share)
+        values = launch_values(problem, CONFIG, operands, extras)
+        assert values["dropout_threshold"] == threshold
+        assert values["dropout_scale"] == pytest.approx(1.0 / (1.0 - share))
+
+
+def test_steps_of_broadcast_tensors_are_zero() -> None:
+    problem = parse_problem("b=2 hq=6 hkv=2 sq=13 sk=7 d=64 fp16 bias=fp32:unaligned alibi")
+    operands = Operands.of(tensors_for(parse_problem("b=2 hq=6 hkv=2 sq=13 sk=7 d=64 fp16")))
+    # A size of 1 is broadcast whatever its stride.
+    bias = torch.zeros(2, 1, 13, 7)
+    extras = Extras(softmax_scale=1.0, bias=bias, alibi_slopes=torch.zeros(6))
+    values = launch_values(problem, CONFIG, operands, extras)
+    steps = ("step_bz", "step_bh", "step_bm", "step_bn", "step_alibi_z")
+    assert [values[name] for name in steps] == [13 * 7, 0, 7, 1, 0]
+    extras = dataclasses.replace(extras, bias=bias.expand(2, 6, 13, 7), alibi_slopes=torch.zeros(2, 6))
+    values = launch_values(problem, CONFIG, operands, extras)
+    assert [values[name] for name in steps] == [13 * 7, 0, 7, 1, 6]
+
+
+@pytest.mark.parametrize("words", PROBLEMS.values(), ids=PROBLEMS.keys())
 @pytest.mark.parametrize("config", [CONFIG, DESCRIPTOR], ids=["pointer", "descriptor"])
 @pytest.mark.parametrize("lse", [False, True])
 def test_bound_arguments_are_those_of_the_kernel(
-    config: TritonForwardConfig, lse: bool, monkeypatch: pytest.MonkeyPatch
+    config: TritonForwardConfig, lse: bool, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[tuple[object, int, list[object]]] = []
     monkeypatch.setattr("flashgen.launch.forward.launch", lambda *call: launched.append(call))
-    problem = dataclasses.replace(PROBLEM, spec=dataclasses.replace(PROBLEM.spec, lse=lse))
-    tensors = tensors_for(problem)
+    sizes = "" if " d=" in words else "d=64 dv=40"
+    problem = parse_problem(f"b=2 hq=6 hkv=2 sq=70 sk=77 {sizes} {'lse' * lse} {words}")
+    config = dataclasses.replace(config, head_tiles=2)
+    q, k, v = random_inputs(problem, device="cpu", seed=0)
+    out, lse_tensor = poisoned_outputs(problem, device="cpu")
+    tensors = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse_tensor} if lse_tensor is not None else {})
+    extras = random_extras(problem, device="cpu", seed=2)
     plan = render(problem.spec, config).plan
     constants = tuple(constant_values(problem.spec, config)[name] for name in plan.constants)
     compiled = typing.cast("CompiledKernel", types.SimpleNamespace(handle="handle", constants=constants))
-    bind_forward(problem, config, compiled, 0.3, tensors)()
+    bind_forward(problem, config, compiled, extras, tensors)()
     ((handle, grid, arguments),) = launched
-    assert (handle, grid) == ("handle", 36)
-    want = kernel_arguments(plan, problem, config, 0.3, tensors)
-    assert list(want) == [*plan.arguments, *plan.constants]
+    assert (handle, grid) == ("handle", 24)
+    want = kernel_arguments(plan, problem, config, extras, tensors)
+    assert sorted(want) == sorted([*plan.arguments, *plan.constants])
     assert len(arguments) == len(want)
-    for (name, expected), got in zip(want.items(), arguments, strict=True):
+    for name, got in zip([*plan.arguments, *plan.constants], arguments, strict=True):
+        expected = want[name]
         if name.endswith("_ptr"):
-            assert got is expected is tensors[name.removesuffix("_ptr")], name
+            assert got is expected is not None, name
+            assert name[:-4] not in tensors or got is tensors[name[:-4]], name
         elif name.endswith("_desc"):
-            assert got.base is expected.base is tensors[name.removesuffix("_desc")], name  # type: ignore[attr-defined]
+            operand = name.removesuffix("_desc").removesuffix("_1")
+            assert got.base is expected.base is tensors[operand], name  # type: ignore[attr-defined]
             assert got.__dict__ == expected.__dict__, name
         else:
+            assert type(got) in (int, float), name
             assert got == expected, name
+
+
+def test_each_tensor_of_a_call_is_bound_in_its_place() -> None:
+    words = (
+        "varlen seqused=qk alibi sinks dropout bias=fp32 score_mod('return score*w[h]',w='bfloat16[h]')"
+        " mask_mod('return t[b,q_idx]<u[kv_idx]',t='float32[b,q_idx]',u='int64[kv_idx]')"
+    )
+    problem = parse_problem(f"b=2 hq=6 hkv=2 sq=70 sk=77 d=64 fp16 {words}")
+    extras = random_extras(problem, device="cpu", seed=0)
+    plan = render(problem.spec, CONFIG).plan
+    table = tile_table(problem, CONFIG, extras, torch.device("cpu"))
+    assert table is not None
+    names = [n.removesuffix("_ptr") for n in plan.arguments if n.endswith("_ptr")]
+    side = [name for name in names if name not in ("q", "k", "v", "out", "lse")]
+    found = dict(zip(side, side_tensors(plan, extras, table), strict=True))
+    t, u, w = extras.captures
+    want = {
+        "bias": extras.bias, "alibi": extras.alibi_slopes, "sinks": extras.sinks, "rng": extras.rng_state,
+        "cu_seqlens_q": extras.cu_seqlens_q, "cu_seqlens_k": extras.cu_seqlens_k,
+        "seqused_q": extras.seqused_q, "seqused_k": extras.seqused_k,
+        "tile_start": table.start, "tile_full": table.full, "tile_index": table.index,
+        "mask0_t": t, "mask0_u": u, "score_w": w,
+    }  # fmt: skip
+    assert found.keys() == want.keys()
+    assert all(found[name] is want[name] for name in want)
+
+
+def test_a_tensor_that_the_call_lacks_is_named() -> None:
+    problem = parse_problem("b=2 hq=6 hkv=2 sq=70 sk=77 d=64 fp16 alibi sinks")
+    with pytest.raises(InputError, match="not given: alibi, sinks"):
+        side_tensors(render(problem.spec, CONFIG).plan, EXTRAS, None)
 
 
 def test_a_bound_launch_takes_other_tensors_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[list[object]] = []
     monkeypatch.setattr("flashgen.launch.forward.launch", lambda handle, grid, arguments: launched.append(arguments))
-    plan: ForwardPlan = render(PROBLEM.spec, DESCRIPTOR).plan
-    tensors = tensors_for(PROBLEM)
+    problem = parse_problem("b=2 hq=6 hkv=2 sq=130 sk=77 d=64 dv=40 causal fp16 lse sinks")
+    plan: ForwardPlan = render(problem.spec, DESCRIPTOR).plan
     bound = ForwardLaunch(
         plan=plan,
         compiled=typing.cast("CompiledKernel", types.SimpleNamespace(handle=None, constants=())),
-        problem=PROBLEM,
+        problem=problem,
         config=DESCRIPTOR,
-        operands=Operands.of(tensors, PROBLEM),
-        softmax_scale=0.3,
+        operands=Operands.of(tensors_for(problem)),
+        extras=EXTRAS,
     )
-    calls = [list(tensors_for(PROBLEM).values()) for _ in range(2)]
+    calls = [[*tensors_for(problem).values(), torch.zeros(6)] for _ in range(2)]
     for call in calls:
         bound(*call)
     # Made anew each time: a launch that is still queued keeps its own.
     for arguments, call in zip(launched, calls, strict=True):
         assert all(arguments[i].base is call[i] for i in range(4))  # type: ignore[attr-defined]
+        assert arguments[plan.arguments.index("lse_ptr")] is call[4]
+        assert arguments[plan.arguments.index("sinks_ptr")] is call[5]
 
 
 def test_readable() -> None:
@@ -141,24 +273,57 @@ def test_readable() -> None:
     assert readable(torch.as_strided(t, (1, 1, 10, 16), (3, 5, 16, 1)))
 
 
+def layout(*stride: int) -> Layout4D:
+    return Layout4D(size=(2, 3, 4, 16), stride=stride)
+
+
 def test_descriptors_refuse_strides_that_hardware_cannot_walk() -> None:
-    operands = Operands.of(tensors_for(PROBLEM), PROBLEM)
-    assert operands.refusal(DESCRIPTOR, 2) is None
-    for strides in ((0, 128, 64, 1), (128, 0, 64, 1), (1024, 128, 0, 1), (1024, 128, 68, 1)):
+    operands = Operands.of(tensors_for(PROBLEM))
+    spec = PROBLEM.spec
+    assert operands.refusal(DESCRIPTOR, spec) is None
+    for strides in ((0, 128, 64, 1), (128, 0, 64, 1), (1024, 128, 0, 1), (1024, 128, 68, 1), (1024, -128, 64, 1)):
         for name in ("q", "k", "v", "out"):
-            odd = dataclasses.replace(operands, **{name: strides})
-            assert odd.refusal(CONFIG, 2) is None
-            reason = odd.refusal(DESCRIPTOR, 2)
+            odd = dataclasses.replace(operands, **{name: layout(*strides)})
+            assert odd.refusal(CONFIG, spec) is None
+            reason = odd.refusal(DESCRIPTOR, spec)
             assert reason is not None
             assert f"{name} has {list(strides)}" in reason
+    odd = layout(1024, 128, 68, 1)
     # 68 float32 are 17 times 16 bytes.
-    assert dataclasses.replace(operands, q=(1024, 128, 68, 1)).refusal(DESCRIPTOR, 4) is None
+    single = dataclasses.replace(spec, dtype=DType.FP32)
+    assert dataclasses.replace(operands, q=odd).refusal(DESCRIPTOR, single) is None
+    # 72 are 16-byte rows in bfloat16, which fp8 writes, and not in fp8.
+    byte = dataclasses.replace(spec, dtype=DType.FP8, head_dim_v=64)
+    rows = layout(1024, 128, 72, 1)
+    fp8 = Operands(q=layout(1024, 128, 64, 1), k=layout(1024, 128, 64, 1), v=layout(1024, 128, 64, 1), out=rows)
+    assert fp8.refusal(DESCRIPTOR, byte) is None
+    assert dataclasses.replace(fp8, v=rows).refusal(DESCRIPTOR, byte) is not None
+    # Packed outputs are written through pointers.
+    packed = dataclasses.replace(spec, varlen=True)
+    assert dataclasses.replace(operands, out=odd).refusal(DESCRIPTOR, packed) is None
+    assert dataclasses.replace(operands, k=odd).refusal(DESCRIPTOR, packed) is not None
+
+
+def test_packed_tensors_are_seen_as_one_batch_entry() -> None:
+    seen = Layout4D.of(torch.zeros(30, 4, 16))
+    assert (seen.size, seen.stride) == ((1, 4, 30, 16), (16, 16, 64, 1))
+    seen = Layout4D.of(torch.zeros(4, 30, 16).transpose(0, 1))
+    assert (seen.size, seen.stride) == ((1, 4, 30, 16), (16, 480, 16, 1))
 
 
 def test_strides_of_single_elements_are_made_harmless() -> None:
-    problem = parse_problem("b=1 hq=1 hkv=1 sq=10 sk=1 d=16 fp16")
     q = torch.as_strided(torch.zeros(160), (1, 1, 10, 16), (3, 0, 16, 1))
     k = torch.as_strided(torch.zeros(160), (1, 1, 1, 16), (0, 0, 0, 1))
-    operands = Operands.of({"q": q, "k": k, "v": k, "out": q}, problem)
-    assert operands == Operands(q=(16, 16, 16, 1), k=(16, 16, 16, 1), v=(16, 16, 16, 1), out=(16, 16, 16, 1))
-    assert operands.refusal(DESCRIPTOR, 2) is None
+    operands = Operands.of({"q": q, "k": k, "v": k, "out": q})
+    assert all(getattr(operands, name).stride == (16, 16, 16, 1) for name in ("q", "k", "v", "out"))
+    assert operands.refusal(DESCRIPTOR, dataclasses.replace(PROBLEM.spec, head_dim_qk=16, head_dim_v=16)) is None
+
+
+@pytest.mark.parametrize(("words", "rows"), [("", (2, 6, 13)), ("varlen", (6, 23)), ("fp8 varlen", (6, 23))])
+def test_outputs_of_packed_sequences_and_of_fp8(words: str, rows: tuple[int, ...]) -> None:
+    problem = parse_problem(f"b=2 hq=6 hkv=2 sq=13 sk=7 d=64 dv=32 lse {words}")
+    q, _, _ = random_inputs(problem, device="cpu", seed=0)
+    out, lse = allocate_outputs(q, problem.spec)
+    assert lse is not None
+    assert (tuple(out.shape), out.dtype) == ((*q.shape[:-1], 32), torch.bfloat16)
+    assert (tuple(lse.shape), lse.dtype) == (rows, torch.float32)

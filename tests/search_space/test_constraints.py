@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from flashgen.codegen.config import TritonForwardConfig
@@ -11,8 +13,9 @@ from flashgen.codegen.constraints import (
     require_legal,
     shared_memory_lower_bound,
 )
+from flashgen.codegen.head_tiles import tile_widths
 from flashgen.errors import ConfigError
-from flashgen.spec import AttentionSpec, DType
+from flashgen.spec import AttentionSpec, DType, parse_mask
 from flashgen.target import named_target
 
 
@@ -28,6 +31,8 @@ def config(
     maxnreg: int = 0,
     loads: str = "pointer",
     head_group: int = 1,
+    head_tiles: int = 1,
+    loops: str = "split",
 ) -> TritonForwardConfig:
     return TritonForwardConfig(
         block_m=block_m,
@@ -37,6 +42,8 @@ def config(
         maxnreg=maxnreg,
         loads=loads,
         head_group=head_group,
+        head_tiles=head_tiles,
+        loops=loops,
     )
 
 
@@ -45,6 +52,8 @@ REFUSED = {
     "launch_within_limits": (config(num_warps=32), spec(), "gfx942", "2048 threads"),
     "warps_fit_tile": (config(block_m=64, num_warps=8), spec(), "sm_90", "block_m=64"),
     "fp32_tile_limited": (config(block_n=128), spec(64, DType.FP32), "sm_90", "16384 scores"),
+    "head_tiles_matter": (config(head_tiles=2), spec(), "sm_90", "128 and 128 are no narrower"),
+    "single_loop_matters": (config(loops="single"), spec(), "sm_90", "under the mask full"),
     "descriptor_needs_tma": (config(loads="descriptor"), spec(), "sm_80", "sm_80 has none"),
     "descriptor_alignment": (config(block_m=512, num_warps=16, loads="descriptor"), spec(64), "sm_90", "side of 512"),
     "maxnreg_legal": (config(maxnreg=100), spec(), "sm_90", "maxnreg=100"),
@@ -61,6 +70,10 @@ LEGAL = [
     (config(num_warps=8), spec(256), "H200"),
     (config(block_m=64, block_n=32, num_stages=1), spec(256, DType.FP32), "sm_120"),
     (config(num_stages=1), spec(), "gfx942"),
+    (config(head_tiles=2), spec(96), "H200"),
+    (config(head_tiles=2), spec(64, head_dim_v=96), "H200"),
+    (config(loops="single"), dataclasses.replace(spec(), mask=parse_mask("sliding_window(127,0)")), "H200"),
+    (config(block_n=32), spec(64, DType.FP8), "H200"),
 ]
 
 
@@ -116,10 +129,52 @@ def test_shared_memory_bound_is_below_what_the_compiler_takes(candidate, problem
         (config(num_warps=3), "sm_90", "num_warps=3"),
         (config(num_stages=0), "sm_90", "num_stages=0"),
         (config(head_group=0), "sm_90", "head_group=0"),
+        (config(head_tiles=0), "sm_90", "head_tiles=0 is neither 1 nor 2"),
+        (config(head_tiles=3), "sm_90", "head_tiles=3 is neither 1 nor 2"),
     ],
 )
 def test_other_limits_of_a_launch(candidate, arch, reason):
     assert any(reason in found for found in check_config(candidate, spec(), named_target(arch)))
+
+
+def test_products_of_fp8_sum_over_32():
+    # As the compiler says: "K >= 32".
+    assert tile_widths(spec(16, DType.FP8), 1) == ((32,), (16,))
+    assert tile_widths(spec(80, DType.FP8), 2) == ((64, 32), (64, 16))
+    assert tile_widths(spec(48, DType.FP8), 2) == ((64,), (32, 16))
+    assert tile_widths(spec(48), 2) == ((32, 16), (32, 16))
+    narrow = config(block_n=16)
+    assert check_config(narrow, spec(64), named_target("sm_90")) == ()
+    reasons = check_config(narrow, spec(64, DType.FP8), named_target("sm_90"))
+    assert reasons == ("block_n=16 is not a power of two of at least 32",)
+
+
+@pytest.mark.parametrize(
+    ("mask", "allowed"),
+    [
+        ("causal", False),
+        ("sliding_window(-1,5)", False),
+        ("prefix_lm(9)", False),
+        ("document", False),
+        ("sliding_window(9,0)&document", False),
+        ("chunked(9)", True),
+        ("dilated_window(9,0,2)", True),
+        ("causal&chunked(9)", True),
+        ("sliding_window(9,-1)", True),
+    ],
+)
+def test_one_loop_is_for_masks_with_two_edges(mask, allowed):
+    masked = dataclasses.replace(spec(64), mask=parse_mask(mask))
+    assert (check_config(config(loops="single"), masked, named_target("sm_90")) == ()) is allowed
+
+
+def test_tiles_of_the_head_dimension_count_for_what_they_are():
+    target = named_target("sm_90")
+    one, two = (shared_memory_lower_bound(config(head_tiles=n), spec(96), target) for n in (1, 2))
+    assert two == one * 3 // 4
+    (reason,) = check_config(config(block_n=128), spec(96), target)
+    assert "128x256 need about 272 registers" in reason
+    assert check_config(config(block_n=128, head_tiles=2), spec(96), target) == ()
 
 
 def test_tensor_memory_takes_the_accumulators_on_blackwell():

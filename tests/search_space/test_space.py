@@ -42,7 +42,7 @@ def edited(tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", known_targets(), ids=str)
 def test_every_spec_has_seeds_and_legal_configs(target):
     space = load_space(TEMPLATE)
-    for head_dim, dtype in itertools.product((16, 40, 64, 128, 192, 256), DType):
+    for head_dim, dtype in itertools.product((16, 96, 256), DType):
         spec = AttentionSpec(dtype=dtype, head_dim_qk=head_dim, head_dim_v=head_dim)
         legal = space.legal(spec, target)
         assert legal.seeds

@@ -19,21 +19,40 @@ def mask_mod(b, h, q_idx, kv_idx, SEQLEN_Q, SEQLEN_K):
 
 
 @triton.jit
-def kv_bounds(start_m, SEQLEN_Q, SEQLEN_K, BLOCK_M, BLOCK_N):
-    """Keys [0, full_end) are seen by every row of the tile, [full_end, end) by some."""
+def bounds_causal(start_m, SEQLEN_Q, SEQLEN_K, BLOCK_M):
+    """Where the keys end that every row of the tile sees, and those that some row does."""
     diagonal = start_m + 1 + (SEQLEN_K - SEQLEN_Q)
-    full_end = tl.minimum(tl.maximum(diagonal, 0), SEQLEN_K) // BLOCK_N * BLOCK_N
-    end = tl.minimum(tl.maximum(diagonal + BLOCK_M - 1, 0), SEQLEN_K)
+    return diagonal, diagonal + BLOCK_M - 1
+
+
+@triton.jit
+def kv_bounds(
+    start_m,
+    SEQLEN_Q,
+    SEQLEN_K,
+    BLOCK_M,
+    BLOCK_N,
+):
+    """Keys [0, full_end) are seen by every row of the tile, [full_end, end) by some."""
+    full_hi, hi = SEQLEN_K, SEQLEN_K
+    all_last, last = bounds_causal(
+        start_m,
+        SEQLEN_Q,
+        SEQLEN_K,
+        BLOCK_M,
+    )
+    full_hi = tl.minimum(full_hi, all_last)
+    hi = tl.minimum(hi, last)
+    end = tl.maximum(hi, 0)
+    full_end = tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N
     return full_end, end
 
 
 @triton.jit
 def softmax_step(
-    acc,
     l_i,
     m_i,
     qk,
-    v,
     qk_scale,
     visible,
     MASKED: tl.constexpr,
@@ -51,9 +70,7 @@ def softmax_step(
         p = tl.math.exp2(qk * qk_scale - m_new[:, None])
         alpha = tl.math.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, l_i, m_new
+    return p, alpha, l_i, m_new
 
 
 @triton.jit
@@ -83,15 +100,33 @@ def attend(
     """Attend to the keys [start_n, end_n): all visible, or MASKED key by key."""
     for n in range(start_n, end_n, BLOCK_N):
         n = tl.multiple_of(n, BLOCK_N)
-        k = k_desc.load([off_z, off_hkv, n, 0]).reshape(BLOCK_N, BLOCK_DQK)
+        k = k_desc.load([off_z, off_hkv, n, 0])
+        k = k.reshape(BLOCK_N, BLOCK_DQK)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        q_idx = offs_m[:, None]
+        kv_idx = n + tl.arange(0, BLOCK_N)[None, :]
         visible = None
         if MASKED:
-            q_idx = offs_m[:, None]
-            kv_idx = n + tl.arange(0, BLOCK_N)[None, :]
-            visible = mask_mod(off_z, off_h, q_idx, kv_idx, SEQLEN_Q, SEQLEN_K)
-        v = v_desc.load([off_z, off_hkv, n, 0]).reshape(BLOCK_N, BLOCK_DV)
-        acc, l_i, m_i = softmax_step(acc, l_i, m_i, qk, v, qk_scale, visible, MASKED)
+            visible = mask_mod(
+                off_z,
+                off_h,
+                q_idx,
+                kv_idx,
+                SEQLEN_Q,
+                SEQLEN_K,
+            )
+        v = v_desc.load([off_z, off_hkv, n, 0])
+        v = v.reshape(BLOCK_N, BLOCK_DV)
+        p, alpha, l_i, m_i = softmax_step(
+            l_i,
+            m_i,
+            qk,
+            qk_scale,
+            visible,
+            MASKED,
+        )
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, l_i, m_i
 
 
@@ -131,13 +166,20 @@ def attn_fwd(
     block = num_m - 1 - block
     start_m = block * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q = q_desc.load([off_z, off_h, start_m, 0]).reshape(BLOCK_M, BLOCK_DQK)
+    q = q_desc.load([off_z, off_h, start_m, 0])
+    q = q.reshape(BLOCK_M, BLOCK_DQK)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
 
-    # Main loop: key tiles that every row sees, then those that need the mask.
-    full_end, end = kv_bounds(start_m, SEQLEN_Q, SEQLEN_K, BLOCK_M, BLOCK_N)
+    # Main loop: key tiles that every row sees, and those that need the mask.
+    full_end, end = kv_bounds(
+        start_m,
+        SEQLEN_Q,
+        SEQLEN_K,
+        BLOCK_M,
+        BLOCK_N,
+    )
     acc, l_i, m_i = attend(
         acc,
         l_i,
@@ -186,9 +228,10 @@ def attn_fwd(
     )
 
     # Epilogue: normalise once; a row that saw no key gives 0 and lse -inf.
-    out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    norm = tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     lse = (m_i + tl.math.log2(l_i)) * 0.6931471805599453
     lse_ptrs = lse_ptr + off_zh.to(tl.int64) * SEQLEN_Q + offs_m
     tl.store(lse_ptrs, lse, mask=offs_m < SEQLEN_Q)
+    out = acc / norm
     out = out.to(out_desc.dtype).reshape(1, 1, BLOCK_M, BLOCK_DV)
     out_desc.store([off_z, off_h, start_m, 0], out)

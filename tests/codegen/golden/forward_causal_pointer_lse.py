@@ -19,11 +19,32 @@ def mask_mod(b, h, q_idx, kv_idx, SEQLEN_Q, SEQLEN_K):
 
 
 @triton.jit
-def kv_bounds(start_m, SEQLEN_Q, SEQLEN_K, BLOCK_M, BLOCK_N):
-    """Keys [0, full_end) are seen by every row of the tile, [full_end, end) by some."""
+def bounds_causal(start_m, SEQLEN_Q, SEQLEN_K, BLOCK_M):
+    """Where the keys end that every row of the tile sees, and those that some row does."""
     diagonal = start_m + 1 + (SEQLEN_K - SEQLEN_Q)
-    full_end = tl.minimum(tl.maximum(diagonal, 0), SEQLEN_K) // BLOCK_N * BLOCK_N
-    end = tl.minimum(tl.maximum(diagonal + BLOCK_M - 1, 0), SEQLEN_K)
+    return diagonal, diagonal + BLOCK_M - 1
+
+
+@triton.jit
+def kv_bounds(
+    start_m,
+    SEQLEN_Q,
+    SEQLEN_K,
+    BLOCK_M,
+    BLOCK_N,
+):
+    """Keys [0, full_end) are seen by every row of the tile, [full_end, end) by some."""
+    full_hi, hi = SEQLEN_K, SEQLEN_K
+    all_last, last = bounds_causal(
+        start_m,
+        SEQLEN_Q,
+        SEQLEN_K,
+        BLOCK_M,
+    )
+    full_hi = tl.minimum(full_hi, all_last)
+    hi = tl.minimum(hi, last)
+    end = tl.maximum(hi, 0)
+    full_end = tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N
     return full_end, end
 
 
@@ -42,12 +63,12 @@ def load_tile(
     offs = start + tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + offs[:, None].to(tl.int64) * stride_row + offs_d[None, :]
-    if CHECK_ROWS and HEAD_DIM != BLOCK_D:
+    if CHECK_ROWS and HEAD_DIM < BLOCK_D:
         inside = (offs[:, None] < length) & (offs_d[None, :] < HEAD_DIM)
         return tl.load(ptrs, mask=inside, other=0.0)
     elif CHECK_ROWS:
         return tl.load(ptrs, mask=offs[:, None] < length, other=0.0)
-    elif HEAD_DIM != BLOCK_D:
+    elif HEAD_DIM < BLOCK_D:
         return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
     else:
         return tl.load(ptrs)
@@ -74,11 +95,9 @@ def store_tile(
 
 @triton.jit
 def softmax_step(
-    acc,
     l_i,
     m_i,
     qk,
-    v,
     qk_scale,
     visible,
     MASKED: tl.constexpr,
@@ -96,9 +115,7 @@ def softmax_step(
         p = tl.math.exp2(qk * qk_scale - m_new[:, None])
         alpha = tl.math.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return acc, l_i, m_new
+    return p, alpha, l_i, m_new
 
 
 @triton.jit
@@ -141,11 +158,18 @@ def attend(
             MASKED,
         )
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        q_idx = offs_m[:, None]
+        kv_idx = n + tl.arange(0, BLOCK_N)[None, :]
         visible = None
         if MASKED:
-            q_idx = offs_m[:, None]
-            kv_idx = n + tl.arange(0, BLOCK_N)[None, :]
-            visible = mask_mod(off_z, off_h, q_idx, kv_idx, SEQLEN_Q, SEQLEN_K)
+            visible = mask_mod(
+                off_z,
+                off_h,
+                q_idx,
+                kv_idx,
+                SEQLEN_Q,
+                SEQLEN_K,
+            )
         v = load_tile(
             v_ptr,
             stride_vn,
@@ -156,7 +180,16 @@ def attend(
             BLOCK_DV,
             MASKED,
         )
-        acc, l_i, m_i = softmax_step(acc, l_i, m_i, qk, v, qk_scale, visible, MASKED)
+        p, alpha, l_i, m_i = softmax_step(
+            l_i,
+            m_i,
+            qk,
+            qk_scale,
+            visible,
+            MASKED,
+        )
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, l_i, m_i
 
 
@@ -208,9 +241,9 @@ def attn_fwd(
     block = num_m - 1 - block
     start_m = block * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    z = off_z.to(tl.int64)
     h = off_h.to(tl.int64)
     hkv = off_hkv.to(tl.int64)
+    z = off_z.to(tl.int64)
     q_ptr += z * stride_qz + h * stride_qh
     k_ptr += z * stride_kz + hkv * stride_kh
     v_ptr += z * stride_vz + hkv * stride_vh
@@ -229,8 +262,14 @@ def attn_fwd(
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
 
-    # Main loop: key tiles that every row sees, then those that need the mask.
-    full_end, end = kv_bounds(start_m, SEQLEN_Q, SEQLEN_K, BLOCK_M, BLOCK_N)
+    # Main loop: key tiles that every row sees, and those that need the mask.
+    full_end, end = kv_bounds(
+        start_m,
+        SEQLEN_Q,
+        SEQLEN_K,
+        BLOCK_M,
+        BLOCK_N,
+    )
     acc, l_i, m_i = attend(
         acc,
         l_i,
@@ -283,10 +322,11 @@ def attn_fwd(
     )
 
     # Epilogue: normalise once; a row that saw no key gives 0 and lse -inf.
-    out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    norm = tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     lse = (m_i + tl.math.log2(l_i)) * 0.6931471805599453
     lse_ptrs = lse_ptr + off_zh.to(tl.int64) * SEQLEN_Q + offs_m
     tl.store(lse_ptrs, lse, mask=offs_m < SEQLEN_Q)
+    out = acc / norm
     out = out.to(out_ptr.dtype.element_ty)
     store_tile(
         out_ptr,

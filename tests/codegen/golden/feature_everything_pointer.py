@@ -1,0 +1,599 @@
+"""attn_fwd: (causal) & (document) mask with lse with score_mod with softcap with alibi with sinks with dropout with varlen with bias=fp32 with seqused=qk, pointer loads.
+
+Rendered by flashgen from templates/triton/forward.py.jinja.
+"""
+
+import triton
+import triton.language as tl
+
+# Names: off_z batch, off_h query head, off_hkv key/value head, offs_m query rows,
+# offs_n keys, offs_d head dimension; m_i row maximum, l_i row sum, acc unnormalised
+# output, alpha rescale of both after a new maximum. Scores are in base 2: qk_scale
+# holds softmax_scale * log2(e), and lse is turned back to natural log at the end.
+
+
+@triton.jit
+def mask_causal(b, h, q_idx, kv_idx, SEQLEN_Q, SEQLEN_K):
+    """Whether query row q_idx sees key kv_idx: the last row sees the last key."""
+    return kv_idx <= q_idx + (SEQLEN_K - SEQLEN_Q)
+
+
+@triton.jit
+def mask_function(
+    b,
+    h,
+    q_idx,
+    kv_idx,
+    SEQLEN_Q,
+    SEQLEN_K,
+    mask1_q_ids_ptr,
+    mask1_q_ids_size0,
+    mask1_kv_ids_ptr,
+    mask1_kv_ids_size0,
+):
+    """Whether query row q_idx sees key kv_idx: both of one document."""
+    inside = q_idx < mask1_q_ids_size0
+    q_ids_q_idx = tl.load(mask1_q_ids_ptr + q_idx, mask=inside, other=0)
+    inside = kv_idx < mask1_kv_ids_size0
+    kv_ids_kv_idx = tl.load(mask1_kv_ids_ptr + kv_idx, mask=inside, other=0)
+    return q_ids_q_idx == kv_ids_kv_idx
+
+
+@triton.jit
+def mask_mod(
+    b,
+    h,
+    q_idx,
+    kv_idx,
+    SEQLEN_Q,
+    SEQLEN_K,
+    mask1_q_ids_ptr,
+    mask1_q_ids_size0,
+    mask1_kv_ids_ptr,
+    mask1_kv_ids_size0,
+):
+    """Whether query row q_idx sees key kv_idx."""
+    causal = mask_causal(
+        b,
+        h,
+        q_idx,
+        kv_idx,
+        SEQLEN_Q,
+        SEQLEN_K,
+    )
+    function = mask_function(
+        b,
+        h,
+        q_idx,
+        kv_idx,
+        SEQLEN_Q,
+        SEQLEN_K,
+        mask1_q_ids_ptr,
+        mask1_q_ids_size0,
+        mask1_kv_ids_ptr,
+        mask1_kv_ids_size0,
+    )
+    seen_0 = causal & function
+    return seen_0
+
+
+@triton.jit
+def attn_tiles(
+    kinds_ptr,
+    nheads_q,
+    max_seqlen_q,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    mask1_q_ids_ptr,
+    mask1_q_ids_size0,
+    mask1_kv_ids_ptr,
+    mask1_kv_ids_size0,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write for every key tile of every query tile: 0 no pair is visible, 1 some are, 2 all."""
+    row = tl.program_id(0)
+    tile_n = tl.program_id(1)
+    num_m = tl.cdiv(max_seqlen_q, BLOCK_M)
+    block = row % num_m
+    off_z, off_h = row // num_m, 0
+    SEQLEN_Q = tl.load(cu_seqlens_q_ptr + off_z + 1) - tl.load(cu_seqlens_q_ptr + off_z)
+    SEQLEN_K = tl.load(cu_seqlens_k_ptr + off_z + 1) - tl.load(cu_seqlens_k_ptr + off_z)
+    used_q = tl.load(seqused_q_ptr + off_z)
+    SEQLEN_Q = tl.minimum(used_q, SEQLEN_Q)
+    used_k = tl.load(seqused_k_ptr + off_z)
+    SEQLEN_K = tl.minimum(used_k, SEQLEN_K)
+    q_idx = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    kv_idx = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    visible = mask_mod(
+        off_z,
+        off_h,
+        q_idx,
+        kv_idx,
+        SEQLEN_Q,
+        SEQLEN_K,
+        mask1_q_ids_ptr,
+        mask1_q_ids_size0,
+        mask1_kv_ids_ptr,
+        mask1_kv_ids_size0,
+    )
+    visible = visible & (kv_idx < SEQLEN_K)
+    # Rows past the end decide nothing.
+    some = tl.max(tl.max((visible & (q_idx < SEQLEN_Q)).to(tl.int32), 1), 0)
+    whole = tl.min(tl.min((visible | (q_idx >= SEQLEN_Q)).to(tl.int32), 1), 0)
+    kind = (some + some * whole).to(tl.int8)
+    tl.store(kinds_ptr + row.to(tl.int64) * tl.num_programs(1) + tile_n, kind)
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    stride_row,
+    start,
+    length,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Rows [start, start + ROWS) of one head, zero past its length and head dimension."""
+    offs = start + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs[:, None].to(tl.int64) * stride_row + offs_d[None, :]
+    if CHECK_ROWS and HEAD_DIM < BLOCK_D:
+        inside = (offs[:, None] < length) & (offs_d[None, :] < HEAD_DIM)
+        return tl.load(ptrs, mask=inside, other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=offs[:, None] < length, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(
+    ptr,
+    stride_row,
+    start,
+    length,
+    tile,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write rows [start, start + ROWS) of one head, nothing past its length."""
+    offs = start + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs[:, None].to(tl.int64) * stride_row + offs_d[None, :]
+    inside = (offs[:, None] < length) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(ptrs, tile, mask=inside)
+
+
+@triton.jit
+def softcap_score(score, softcap):
+    """Return softcap * tanh(score / softcap), of a score that is 2 * log2(e) / softcap times too large."""
+    return softcap - 2.0 * softcap / (1.0 + tl.math.exp2(score))
+
+
+@triton.jit
+def score_mod(
+    score,
+    b,
+    h,
+    q_idx,
+    kv_idx,
+    score_w_ptr,
+    score_w_size0,
+    score_w_size1,
+):
+    """Return the score changed by the function that the caller gave, in natural units."""
+    index = q_idx - kv_idx
+    inside = tl.where(h < score_w_size0, (index >= 0) & (index < score_w_size1), False)
+    offset = h.to(tl.int64) * score_w_size1 + index
+    w_index = tl.load(score_w_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    return score * 2.0 + w_index
+
+
+@triton.jit
+def add_bias(
+    score,
+    bias_ptr,
+    step_bm,
+    q_idx,
+    kv_idx,
+    rows,
+    keys,
+):
+    """Add the bias of one tile to scores in base 2."""
+    inside = (q_idx < rows) & (kv_idx < keys)
+    ptrs = bias_ptr + q_idx.to(tl.int64) * step_bm + kv_idx
+    bias = tl.load(ptrs, mask=inside, other=0.0)
+    return score + bias.to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def dropout_keep(
+    seed,
+    philox_offset,
+    off_zh,
+    offs_m,
+    n,
+    dropout_threshold,
+    BLOCK_N: tl.constexpr,
+):
+    """Which probabilities of a tile are kept: Philox4x32-10 (Salmon et al. 2011) of their position."""
+    fours = n // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    rows = offs_m[:, None] + tl.zeros_like(fours)
+    fours = fours + tl.zeros_like(rows)
+    head = tl.zeros_like(rows) + off_zh
+    call = tl.zeros_like(rows) + philox_offset.to(tl.int32)
+    r0, r1, r2, r3 = tl.philox(seed, fours, rows, head, call)
+    # One counter serves four keys in a row.
+    r = tl.join(tl.join(r0, r2), tl.join(r1, r3))
+    r = r.reshape(offs_m.shape[0], BLOCK_N)
+    return r.to(tl.uint32, bitcast=True) >= dropout_threshold
+
+
+@triton.jit
+def softmax_step(
+    l_i,
+    m_i,
+    qk,
+    visible,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over one key tile (FlashAttention-2, algorithm 1), in base 2."""
+    if MASKED:
+        qk = tl.where(visible, qk, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(qk, 1))
+    # A row that has seen no key yet keeps -inf; subtracting it would give NaN.
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.math.exp2(qk - m_safe[:, None])
+    alpha = tl.math.exp2(m_i - m_safe)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    return p, alpha, l_i, m_new
+
+
+@triton.jit
+def attend(
+    acc,
+    l_i,
+    m_i,
+    q,
+    k_ptr,
+    v_ptr,
+    stride_kn,
+    stride_vn,
+    off_z,
+    off_h,
+    off_hkv,
+    offs_m,
+    start_n,
+    end_n,
+    tile_index_ptr,
+    qk_scale,
+    softcap,
+    bias_ptr,
+    step_bm,
+    slope,
+    seed,
+    philox_offset,
+    off_zh,
+    dropout_threshold,
+    score_w_ptr,
+    score_w_size0,
+    score_w_size1,
+    mask1_q_ids_ptr,
+    mask1_q_ids_size0,
+    mask1_kv_ids_ptr,
+    mask1_kv_ids_size0,
+    SEQLEN_Q,
+    SEQLEN_K,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Attend to the tiles [start_n, end_n) of the table: all visible, or MASKED key by key."""
+    for tile in range(start_n, end_n):
+        n = tl.load(tile_index_ptr + tile) * BLOCK_N
+        k = load_tile(
+            k_ptr,
+            stride_kn,
+            n,
+            SEQLEN_K,
+            BLOCK_N,
+            HEAD_DIM_QK,
+            BLOCK_DQK,
+            MASKED,
+        )
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        q_idx = offs_m[:, None]
+        kv_idx = n + tl.arange(0, BLOCK_N)[None, :]
+        qk = qk * qk_scale
+        qk = softcap_score(qk, softcap)
+        qk = score_mod(
+            qk,
+            off_z,
+            off_h,
+            q_idx,
+            kv_idx,
+            score_w_ptr,
+            score_w_size0,
+            score_w_size1,
+        )
+        qk = qk * 1.4426950408889634
+        qk = add_bias(
+            qk,
+            bias_ptr,
+            step_bm,
+            q_idx,
+            kv_idx,
+            SEQLEN_Q,
+            SEQLEN_K,
+        )
+        qk -= slope * tl.abs(q_idx + (SEQLEN_K - SEQLEN_Q) - kv_idx)
+        visible = None
+        if MASKED:
+            visible = mask_mod(
+                off_z,
+                off_h,
+                q_idx,
+                kv_idx,
+                SEQLEN_Q,
+                SEQLEN_K,
+                mask1_q_ids_ptr,
+                mask1_q_ids_size0,
+                mask1_kv_ids_ptr,
+                mask1_kv_ids_size0,
+            )
+            visible = visible & (kv_idx < SEQLEN_K)
+        v = load_tile(
+            v_ptr,
+            stride_vn,
+            n,
+            SEQLEN_K,
+            BLOCK_N,
+            HEAD_DIM_V,
+            BLOCK_DV,
+            MASKED,
+        )
+        p, alpha, l_i, m_i = softmax_step(
+            l_i,
+            m_i,
+            qk,
+            visible,
+            MASKED,
+        )
+        keep = dropout_keep(
+            seed,
+            philox_offset,
+            off_zh,
+            offs_m,
+            n,
+            dropout_threshold,
+            BLOCK_N,
+        )
+        p = tl.where(keep, p, 0.0)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, l_i, m_i
+
+
+@triton.jit
+def attn_fwd(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qh,
+    stride_qm,
+    stride_kh,
+    stride_kn,
+    stride_vh,
+    stride_vn,
+    stride_oh,
+    stride_om,
+    qk_scale,
+    num_heads_total,
+    nheads_q,
+    group,
+    max_seqlen_q,
+    head_group,
+    softcap,
+    bias_ptr,
+    step_bz,
+    step_bh,
+    step_bm,
+    alibi_ptr,
+    step_alibi_z,
+    sinks_ptr,
+    rng_ptr,
+    dropout_threshold,
+    dropout_scale,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    step_lh,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    tile_start_ptr,
+    tile_full_ptr,
+    tile_index_ptr,
+    score_w_ptr,
+    score_w_size0,
+    score_w_size1,
+    mask1_q_ids_ptr,
+    mask1_q_ids_size0,
+    mask1_kv_ids_ptr,
+    mask1_kv_ids_size0,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Prologue: which tile, and its queries. Tiles go out in groups of head_group heads,
+    # longest tiles first.
+    tile = tl.program_id(0)
+    num_m = tl.cdiv(max_seqlen_q, BLOCK_M)
+    first_head = tile // (head_group * num_m) * head_group
+    heads = tl.minimum(head_group, num_heads_total - first_head)
+    rank = tile - first_head * num_m
+    off_zh = first_head + rank % heads
+    off_z = off_zh // nheads_q
+    off_h = off_zh % nheads_q
+    off_hkv = off_h // group
+    block = rank // heads
+    block = num_m - 1 - block
+    start_m = block * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q_start = tl.load(cu_seqlens_q_ptr + off_z)
+    k_start = tl.load(cu_seqlens_k_ptr + off_z)
+    SEQLEN_Q = tl.load(cu_seqlens_q_ptr + off_z + 1) - q_start
+    SEQLEN_K = tl.load(cu_seqlens_k_ptr + off_z + 1) - k_start
+    if start_m >= SEQLEN_Q:
+        return
+    rows_q = SEQLEN_Q
+    SEQLEN_Q = tl.minimum(tl.load(seqused_q_ptr + off_z), SEQLEN_Q)
+    SEQLEN_K = tl.minimum(tl.load(seqused_k_ptr + off_z), SEQLEN_K)
+    h = off_h.to(tl.int64)
+    hkv = off_hkv.to(tl.int64)
+    q_ptr += q_start.to(tl.int64) * stride_qm + h * stride_qh
+    k_ptr += k_start.to(tl.int64) * stride_kn + hkv * stride_kh
+    v_ptr += k_start.to(tl.int64) * stride_vn + hkv * stride_vh
+    q = load_tile(
+        q_ptr,
+        stride_qm,
+        start_m,
+        rows_q,
+        BLOCK_M,
+        HEAD_DIM_QK,
+        BLOCK_DQK,
+        True,
+    )
+    out_ptr += q_start.to(tl.int64) * stride_om + h * stride_oh
+    bias_ptr += off_z.to(tl.int64) * step_bz + off_h.to(tl.int64) * step_bh
+    slope = tl.load(alibi_ptr + off_z * step_alibi_z + off_h) * 1.4426950408889634
+    seed = tl.load(rng_ptr)
+    philox_offset = tl.load(rng_ptr + 1)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    # The sink is one more logit: it starts the maximum and the sum of every row.
+    sink = tl.load(sinks_ptr + off_h) * 1.4426950408889634
+    m_i = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
+    l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+
+    # Main loop: key tiles that every row sees, and those that need the mask.
+    table_row = off_z * num_m + block
+    start = tl.load(tile_start_ptr + table_row)
+    full_end = tl.load(tile_full_ptr + table_row)
+    end = tl.load(tile_start_ptr + table_row + 1)
+    acc, l_i, m_i = attend(
+        acc,
+        l_i,
+        m_i,
+        q,
+        k_ptr,
+        v_ptr,
+        stride_kn,
+        stride_vn,
+        off_z,
+        off_h,
+        off_hkv,
+        offs_m,
+        start,
+        full_end,
+        tile_index_ptr,
+        qk_scale,
+        softcap,
+        bias_ptr,
+        step_bm,
+        slope,
+        seed,
+        philox_offset,
+        off_zh,
+        dropout_threshold,
+        score_w_ptr,
+        score_w_size0,
+        score_w_size1,
+        mask1_q_ids_ptr,
+        mask1_q_ids_size0,
+        mask1_kv_ids_ptr,
+        mask1_kv_ids_size0,
+        SEQLEN_Q,
+        SEQLEN_K,
+        HEAD_DIM_QK,
+        HEAD_DIM_V,
+        BLOCK_DQK,
+        BLOCK_DV,
+        BLOCK_N,
+        False,
+    )
+    acc, l_i, m_i = attend(
+        acc,
+        l_i,
+        m_i,
+        q,
+        k_ptr,
+        v_ptr,
+        stride_kn,
+        stride_vn,
+        off_z,
+        off_h,
+        off_hkv,
+        offs_m,
+        full_end,
+        end,
+        tile_index_ptr,
+        qk_scale,
+        softcap,
+        bias_ptr,
+        step_bm,
+        slope,
+        seed,
+        philox_offset,
+        off_zh,
+        dropout_threshold,
+        score_w_ptr,
+        score_w_size0,
+        score_w_size1,
+        mask1_q_ids_ptr,
+        mask1_q_ids_size0,
+        mask1_kv_ids_ptr,
+        mask1_kv_ids_size0,
+        SEQLEN_Q,
+        SEQLEN_K,
+        HEAD_DIM_QK,
+        HEAD_DIM_V,
+        BLOCK_DQK,
+        BLOCK_DV,
+        BLOCK_N,
+        True,
+    )
+
+    # Epilogue: normalise once; a row that saw no key gives 0 and lse -inf.
+    norm = tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    norm = norm / dropout_scale
+    lse = (m_i + tl.math.log2(l_i)) * 0.6931471805599453
+    lse = tl.where(offs_m < SEQLEN_Q, lse, float("-inf"))
+    lse_ptrs = lse_ptr + off_h.to(tl.int64) * step_lh + q_start + offs_m
+    tl.store(lse_ptrs, lse, mask=offs_m < rows_q)
+    out = acc / norm
+    out = tl.where(offs_m[:, None] < SEQLEN_Q, out, 0.0)
+    out = out.to(out_ptr.dtype.element_ty)
+    store_tile(
+        out_ptr,
+        stride_om,
+        start_m,
+        rows_q,
+        out,
+        BLOCK_M,
+        HEAD_DIM_V,
+        BLOCK_DV,
+    )

@@ -1,0 +1,329 @@
+"""attn_fwd: document mask with varlen, descriptor loads.
+
+Rendered by flashgen from templates/triton/forward.py.jinja.
+"""
+
+import triton
+import triton.language as tl
+
+# Names: off_z batch, off_h query head, off_hkv key/value head, offs_m query rows,
+# offs_n keys, offs_d head dimension; m_i row maximum, l_i row sum, acc unnormalised
+# output, alpha rescale of both after a new maximum. Scores are in base 2: qk_scale
+# holds softmax_scale * log2(e), and lse is turned back to natural log at the end.
+
+
+@triton.jit
+def mask_mod(
+    b,
+    h,
+    q_idx,
+    kv_idx,
+    SEQLEN_Q,
+    SEQLEN_K,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+):
+    """Whether query row q_idx sees key kv_idx: both of one document."""
+    inside = q_idx < mask0_q_ids_size0
+    q_ids_q_idx = tl.load(mask0_q_ids_ptr + q_idx, mask=inside, other=0)
+    inside = kv_idx < mask0_kv_ids_size0
+    kv_ids_kv_idx = tl.load(mask0_kv_ids_ptr + kv_idx, mask=inside, other=0)
+    return q_ids_q_idx == kv_ids_kv_idx
+
+
+@triton.jit
+def attn_tiles(
+    kinds_ptr,
+    nheads_q,
+    max_seqlen_q,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write for every key tile of every query tile: 0 no pair is visible, 1 some are, 2 all."""
+    row = tl.program_id(0)
+    tile_n = tl.program_id(1)
+    num_m = tl.cdiv(max_seqlen_q, BLOCK_M)
+    block = row % num_m
+    off_z, off_h = row // num_m, 0
+    SEQLEN_Q = tl.load(cu_seqlens_q_ptr + off_z + 1) - tl.load(cu_seqlens_q_ptr + off_z)
+    SEQLEN_K = tl.load(cu_seqlens_k_ptr + off_z + 1) - tl.load(cu_seqlens_k_ptr + off_z)
+    q_idx = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    kv_idx = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    visible = mask_mod(
+        off_z,
+        off_h,
+        q_idx,
+        kv_idx,
+        SEQLEN_Q,
+        SEQLEN_K,
+        mask0_q_ids_ptr,
+        mask0_q_ids_size0,
+        mask0_kv_ids_ptr,
+        mask0_kv_ids_size0,
+    )
+    visible = visible & (kv_idx < SEQLEN_K)
+    # Rows past the end decide nothing.
+    some = tl.max(tl.max((visible & (q_idx < SEQLEN_Q)).to(tl.int32), 1), 0)
+    whole = tl.min(tl.min((visible | (q_idx >= SEQLEN_Q)).to(tl.int32), 1), 0)
+    kind = (some + some * whole).to(tl.int8)
+    tl.store(kinds_ptr + row.to(tl.int64) * tl.num_programs(1) + tile_n, kind)
+
+
+@triton.jit
+def store_tile(
+    ptr,
+    stride_row,
+    start,
+    length,
+    tile,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write rows [start, start + ROWS) of one head, nothing past its length."""
+    offs = start + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs[:, None].to(tl.int64) * stride_row + offs_d[None, :]
+    inside = (offs[:, None] < length) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(ptrs, tile, mask=inside)
+
+
+@triton.jit
+def softmax_step(
+    l_i,
+    m_i,
+    qk,
+    qk_scale,
+    visible,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over one key tile (FlashAttention-2, algorithm 1), in base 2."""
+    if MASKED:
+        qk = tl.where(visible, qk * qk_scale, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        # A row that has seen no key yet keeps -inf; subtracting it would give NaN.
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.math.exp2(qk - m_safe[:, None])
+        alpha = tl.math.exp2(m_i - m_safe)
+    else:
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
+        p = tl.math.exp2(qk * qk_scale - m_new[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    return p, alpha, l_i, m_new
+
+
+@triton.jit
+def attend(
+    acc,
+    l_i,
+    m_i,
+    q,
+    k_desc,
+    v_desc,
+    off_z,
+    off_h,
+    off_hkv,
+    offs_m,
+    start_n,
+    end_n,
+    k_start,
+    tile_index_ptr,
+    qk_scale,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    SEQLEN_Q,
+    SEQLEN_K,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Attend to the tiles [start_n, end_n) of the table: all visible, or MASKED key by key."""
+    for tile in range(start_n, end_n):
+        n = tl.load(tile_index_ptr + tile) * BLOCK_N
+        k = k_desc.load([0, off_hkv, k_start + n, 0])
+        k = k.reshape(BLOCK_N, BLOCK_DQK)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        q_idx = offs_m[:, None]
+        kv_idx = n + tl.arange(0, BLOCK_N)[None, :]
+        visible = None
+        if MASKED:
+            visible = mask_mod(
+                off_z,
+                off_h,
+                q_idx,
+                kv_idx,
+                SEQLEN_Q,
+                SEQLEN_K,
+                mask0_q_ids_ptr,
+                mask0_q_ids_size0,
+                mask0_kv_ids_ptr,
+                mask0_kv_ids_size0,
+            )
+            visible = visible & (kv_idx < SEQLEN_K)
+        v = v_desc.load([0, off_hkv, k_start + n, 0])
+        v = v.reshape(BLOCK_N, BLOCK_DV)
+        if MASKED:
+            inside = n + tl.arange(0, BLOCK_N)[:, None] < SEQLEN_K
+            v = tl.where(inside, v, 0.0).to(v.dtype)
+        p, alpha, l_i, m_i = softmax_step(
+            l_i,
+            m_i,
+            qk,
+            qk_scale,
+            visible,
+            MASKED,
+        )
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, l_i, m_i
+
+
+@triton.jit
+def attn_fwd(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_ptr,
+    stride_oh,
+    stride_om,
+    qk_scale,
+    num_heads_total,
+    nheads_q,
+    group,
+    max_seqlen_q,
+    head_group,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    tile_start_ptr,
+    tile_full_ptr,
+    tile_index_ptr,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Prologue: which tile, and its queries. Tiles go out in groups of head_group heads.
+    tile = tl.program_id(0)
+    num_m = tl.cdiv(max_seqlen_q, BLOCK_M)
+    first_head = tile // (head_group * num_m) * head_group
+    heads = tl.minimum(head_group, num_heads_total - first_head)
+    rank = tile - first_head * num_m
+    off_zh = first_head + rank % heads
+    off_z = off_zh // nheads_q
+    off_h = off_zh % nheads_q
+    off_hkv = off_h // group
+    block = rank // heads
+    start_m = block * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q_start = tl.load(cu_seqlens_q_ptr + off_z)
+    k_start = tl.load(cu_seqlens_k_ptr + off_z)
+    SEQLEN_Q = tl.load(cu_seqlens_q_ptr + off_z + 1) - q_start
+    SEQLEN_K = tl.load(cu_seqlens_k_ptr + off_z + 1) - k_start
+    if start_m >= SEQLEN_Q:
+        return
+    h = off_h.to(tl.int64)
+    q = q_desc.load([0, off_h, q_start + start_m, 0])
+    q = q.reshape(BLOCK_M, BLOCK_DQK)
+    out_ptr += q_start.to(tl.int64) * stride_om + h * stride_oh
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+
+    # Main loop: key tiles that every row sees, and those that need the mask.
+    table_row = off_z * num_m + block
+    start = tl.load(tile_start_ptr + table_row)
+    full_end = tl.load(tile_full_ptr + table_row)
+    end = tl.load(tile_start_ptr + table_row + 1)
+    acc, l_i, m_i = attend(
+        acc,
+        l_i,
+        m_i,
+        q,
+        k_desc,
+        v_desc,
+        off_z,
+        off_h,
+        off_hkv,
+        offs_m,
+        start,
+        full_end,
+        k_start,
+        tile_index_ptr,
+        qk_scale,
+        mask0_q_ids_ptr,
+        mask0_q_ids_size0,
+        mask0_kv_ids_ptr,
+        mask0_kv_ids_size0,
+        SEQLEN_Q,
+        SEQLEN_K,
+        HEAD_DIM_QK,
+        HEAD_DIM_V,
+        BLOCK_DQK,
+        BLOCK_DV,
+        BLOCK_N,
+        False,
+    )
+    acc, l_i, m_i = attend(
+        acc,
+        l_i,
+        m_i,
+        q,
+        k_desc,
+        v_desc,
+        off_z,
+        off_h,
+        off_hkv,
+        offs_m,
+        full_end,
+        end,
+        k_start,
+        tile_index_ptr,
+        qk_scale,
+        mask0_q_ids_ptr,
+        mask0_q_ids_size0,
+        mask0_kv_ids_ptr,
+        mask0_kv_ids_size0,
+        SEQLEN_Q,
+        SEQLEN_K,
+        HEAD_DIM_QK,
+        HEAD_DIM_V,
+        BLOCK_DQK,
+        BLOCK_DV,
+        BLOCK_N,
+        True,
+    )
+
+    # Epilogue: normalise once; a row that saw no key gives 0 and lse -inf.
+    norm = tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    out = acc / norm
+    out = out.to(out_ptr.dtype.element_ty)
+    store_tile(
+        out_ptr,
+        stride_om,
+        start_m,
+        SEQLEN_Q,
+        out,
+        BLOCK_M,
+        HEAD_DIM_V,
+        BLOCK_DV,
+    )

@@ -1,0 +1,298 @@
+"""attn_fwd: (causal(align=top_left)) | (~(chunked(chunk_size))) mask, descriptor loads.
+
+Rendered by flashgen from templates/triton/forward.py.jinja.
+"""
+
+import triton
+import triton.language as tl
+
+# Names: off_z batch, off_h query head, off_hkv key/value head, offs_m query rows,
+# offs_n keys, offs_d head dimension; m_i row maximum, l_i row sum, acc unnormalised
+# output, alpha rescale of both after a new maximum. Scores are in base 2: qk_scale
+# holds softmax_scale * log2(e), and lse is turned back to natural log at the end.
+
+
+@triton.jit
+def mask_causal(b, h, q_idx, kv_idx, SEQLEN_Q, SEQLEN_K):
+    """Whether query row q_idx sees key kv_idx: the first row sees the first key."""
+    return kv_idx <= q_idx
+
+
+@triton.jit
+def mask_chunked(
+    b,
+    h,
+    q_idx,
+    kv_idx,
+    SEQLEN_Q,
+    SEQLEN_K,
+    chunk_size,
+):
+    """Whether query row q_idx sees key kv_idx: one of its own chunk."""
+    # Rows before the first key have a negative position: division must round down.
+    own = q_idx + (SEQLEN_K - SEQLEN_Q)
+    start = own // chunk_size * chunk_size
+    start = tl.where(start > own, start - chunk_size, start)
+    return (kv_idx >= start) & (kv_idx < start + chunk_size)
+
+
+@triton.jit
+def mask_mod(
+    b,
+    h,
+    q_idx,
+    kv_idx,
+    SEQLEN_Q,
+    SEQLEN_K,
+    chunk_size,
+):
+    """Whether query row q_idx sees key kv_idx."""
+    causal = mask_causal(
+        b,
+        h,
+        q_idx,
+        kv_idx,
+        SEQLEN_Q,
+        SEQLEN_K,
+    )
+    chunked = mask_chunked(
+        b,
+        h,
+        q_idx,
+        kv_idx,
+        SEQLEN_Q,
+        SEQLEN_K,
+        chunk_size,
+    )
+    not_chunked = ~chunked
+    seen_1 = causal | not_chunked
+    return seen_1
+
+
+@triton.jit
+def attn_tiles(
+    kinds_ptr,
+    nheads_q,
+    SEQLEN_Q,
+    SEQLEN_K,
+    chunk_size,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write for every key tile of every query tile: 0 no pair is visible, 1 some are, 2 all."""
+    row = tl.program_id(0)
+    tile_n = tl.program_id(1)
+    num_m = tl.cdiv(SEQLEN_Q, BLOCK_M)
+    block = row % num_m
+    off_z, off_h = 0, 0
+    q_idx = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    kv_idx = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    visible = mask_mod(
+        off_z,
+        off_h,
+        q_idx,
+        kv_idx,
+        SEQLEN_Q,
+        SEQLEN_K,
+        chunk_size,
+    )
+    visible = visible & (kv_idx < SEQLEN_K)
+    # Rows past the end decide nothing.
+    some = tl.max(tl.max((visible & (q_idx < SEQLEN_Q)).to(tl.int32), 1), 0)
+    whole = tl.min(tl.min((visible | (q_idx >= SEQLEN_Q)).to(tl.int32), 1), 0)
+    kind = (some + some * whole).to(tl.int8)
+    tl.store(kinds_ptr + row.to(tl.int64) * tl.num_programs(1) + tile_n, kind)
+
+
+@triton.jit
+def softmax_step(
+    l_i,
+    m_i,
+    qk,
+    qk_scale,
+    visible,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over one key tile (FlashAttention-2, algorithm 1), in base 2."""
+    if MASKED:
+        qk = tl.where(visible, qk * qk_scale, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        # A row that has seen no key yet keeps -inf; subtracting it would give NaN.
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.math.exp2(qk - m_safe[:, None])
+        alpha = tl.math.exp2(m_i - m_safe)
+    else:
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
+        p = tl.math.exp2(qk * qk_scale - m_new[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    return p, alpha, l_i, m_new
+
+
+@triton.jit
+def attend(
+    acc,
+    l_i,
+    m_i,
+    q,
+    k_desc,
+    v_desc,
+    off_z,
+    off_h,
+    off_hkv,
+    offs_m,
+    start_n,
+    end_n,
+    tile_index_ptr,
+    qk_scale,
+    chunk_size,
+    SEQLEN_Q,
+    SEQLEN_K,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Attend to the tiles [start_n, end_n) of the table: all visible, or MASKED key by key."""
+    for tile in range(start_n, end_n):
+        n = tl.load(tile_index_ptr + tile) * BLOCK_N
+        k = k_desc.load([off_z, off_hkv, n, 0])
+        k = k.reshape(BLOCK_N, BLOCK_DQK)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        q_idx = offs_m[:, None]
+        kv_idx = n + tl.arange(0, BLOCK_N)[None, :]
+        visible = None
+        if MASKED:
+            visible = mask_mod(
+                off_z,
+                off_h,
+                q_idx,
+                kv_idx,
+                SEQLEN_Q,
+                SEQLEN_K,
+                chunk_size,
+            )
+            visible = visible & (kv_idx < SEQLEN_K)
+        v = v_desc.load([off_z, off_hkv, n, 0])
+        v = v.reshape(BLOCK_N, BLOCK_DV)
+        p, alpha, l_i, m_i = softmax_step(
+            l_i,
+            m_i,
+            qk,
+            qk_scale,
+            visible,
+            MASKED,
+        )
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, l_i, m_i
+
+
+@triton.jit
+def attn_fwd(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    qk_scale,
+    num_heads_total,
+    nheads_q,
+    group,
+    SEQLEN_Q,
+    SEQLEN_K,
+    head_group,
+    tile_start_ptr,
+    tile_full_ptr,
+    tile_index_ptr,
+    chunk_size,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Prologue: which tile, and its queries. Tiles go out in groups of head_group heads,
+    # longest tiles first.
+    tile = tl.program_id(0)
+    num_m = tl.cdiv(SEQLEN_Q, BLOCK_M)
+    first_head = tile // (head_group * num_m) * head_group
+    heads = tl.minimum(head_group, num_heads_total - first_head)
+    rank = tile - first_head * num_m
+    off_zh = first_head + rank % heads
+    off_z = off_zh // nheads_q
+    off_h = off_zh % nheads_q
+    off_hkv = off_h // group
+    block = rank // heads
+    block = num_m - 1 - block
+    start_m = block * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q = q_desc.load([off_z, off_h, start_m, 0])
+    q = q.reshape(BLOCK_M, BLOCK_DQK)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+
+    # Main loop: key tiles that every row sees, and those that need the mask.
+    table_row = block
+    start = tl.load(tile_start_ptr + table_row)
+    full_end = tl.load(tile_full_ptr + table_row)
+    end = tl.load(tile_start_ptr + table_row + 1)
+    acc, l_i, m_i = attend(
+        acc,
+        l_i,
+        m_i,
+        q,
+        k_desc,
+        v_desc,
+        off_z,
+        off_h,
+        off_hkv,
+        offs_m,
+        start,
+        full_end,
+        tile_index_ptr,
+        qk_scale,
+        chunk_size,
+        SEQLEN_Q,
+        SEQLEN_K,
+        HEAD_DIM_QK,
+        HEAD_DIM_V,
+        BLOCK_DQK,
+        BLOCK_DV,
+        BLOCK_N,
+        False,
+    )
+    acc, l_i, m_i = attend(
+        acc,
+        l_i,
+        m_i,
+        q,
+        k_desc,
+        v_desc,
+        off_z,
+        off_h,
+        off_hkv,
+        offs_m,
+        full_end,
+        end,
+        tile_index_ptr,
+        qk_scale,
+        chunk_size,
+        SEQLEN_Q,
+        SEQLEN_K,
+        HEAD_DIM_QK,
+        HEAD_DIM_V,
+        BLOCK_DQK,
+        BLOCK_DV,
+        BLOCK_N,
+        True,
+    )
+
+    # Epilogue: normalise once; a row that saw no key gives 0 and lse -inf.
+    norm = tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    out = acc / norm
+    out = out.to(out_desc.dtype).reshape(1, 1, BLOCK_M, BLOCK_DV)
+    out_desc.store([off_z, off_h, start_m, 0], out)
