@@ -19,6 +19,8 @@ from flashgen.target import GpuTarget
 Constraint = typing.Callable[[TritonForwardConfig, AttentionSpec, GpuTarget], "str | None"]
 
 _MAX_COLUMNS_PER_WARP = 256  # of the output, with its 16 rows in registers beside the scores
+_LEAST_KEYS_OF_BYTES = 32  # of a tile, for one lane of a matrix operand to hold 8
+_BYTES = frozenset({"bool", "int8", "uint8"})
 _ROWS_PER_WARP = 16  # rows of the smallest matrix-unit tile, NVIDIA's mma and AMD's mfma alike
 _MAX_THREADS = 1024  # of one program
 _MAX_DESCRIPTOR_BOX = 256  # elements along one axis of a bulk copy
@@ -34,6 +36,23 @@ def block_power_of_two(config: TritonForwardConfig, spec: AttentionSpec, target:
         if size < least or size & (size - 1):
             return f"{name}={size} is not a power of two of at least {least}"
     return None
+
+
+def keys_fill_operands(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Tiles have 32 keys at least where bytes are loaded into the scores.
+
+    Triton 3.6 lays the operands of the second product out by the narrowest load behind them: with a boolean bias and
+    dropout in 8 elements of a lane, which 16 keys do not fill, and the products are wrong (seen on an H200).
+    """
+    if config.block_n < _LEAST_KEYS_OF_BYTES and _loads_bytes(spec):
+        return f"block_n={config.block_n} is less than {_LEAST_KEYS_OF_BYTES}, with bytes loaded into the scores"
+    return None
+
+
+def _loads_bytes(spec: AttentionSpec) -> bool:
+    captures = [capture for leaf in spec.mask.leaves for capture in leaf.captures]
+    captures += spec.score_mod.captures if spec.score_mod else ()
+    return spec.bias == "bool" or any(capture.dtype in _BYTES for capture in captures)
 
 
 def launch_within_limits(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
@@ -179,6 +198,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     predicate.__name__: predicate
     for predicate in (
         block_power_of_two,
+        keys_fill_operands,
         launch_within_limits,
         warps_fit_tile,
         fp32_tile_limited,

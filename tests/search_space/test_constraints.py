@@ -23,6 +23,9 @@ def spec(head_dim: int = 128, dtype: DType = DType.BF16, head_dim_v: int | None 
     return AttentionSpec(dtype=dtype, head_dim_qk=head_dim, head_dim_v=head_dim_v or head_dim)
 
 
+BYTES = AttentionSpec(dtype=DType.BF16, head_dim_qk=128, head_dim_v=128, bias="bool", dropout=True)
+
+
 def config(
     block_m: int = 128,
     block_n: int = 64,
@@ -49,6 +52,7 @@ def config(
 
 REFUSED = {
     "block_power_of_two": (config(block_n=48), spec(), "sm_90", "block_n=48"),
+    "keys_fill_operands": (config(block_n=16), BYTES, "sm_90", "block_n=16 is less than 32"),
     "launch_within_limits": (config(num_warps=32), spec(), "gfx942", "2048 threads"),
     "warps_fit_tile": (config(block_m=64, num_warps=8), spec(), "sm_90", "block_m=64"),
     "fp32_tile_limited": (config(block_n=128), spec(64, DType.FP32), "sm_90", "16384 scores"),
