@@ -4,7 +4,8 @@ from flashgen.ops import batching as batching
 from flashgen.ops import flops as flops
 from flashgen.ops.cpu import interpreting
 from flashgen.ops.explaining import explain
-from flashgen.ops.functional import attention, attention_varlen
+from flashgen.ops.functional import attention
+from flashgen.ops.varlen import attention_varlen
 from flashgen.ops.warming import run_problem, warmup
 
 __all__ = ["attention", "attention_varlen", "explain", "interpreting", "run_problem", "warmup"]
