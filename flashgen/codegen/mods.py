@@ -6,7 +6,8 @@ also score ([BLOCK_M, BLOCK_N] float32). Captured tensors are dense, row-major, 
 
 from __future__ import annotations
 
-from flashgen.spec.mod_expressions import (
+from flashgen.spec.mods import Capture, ModFunction
+from flashgen.spec.mods.expressions import (
     UNARY_FUNCTIONS,
     Call,
     Constant,
@@ -19,7 +20,6 @@ from flashgen.spec.mod_expressions import (
     walk,
     write,
 )
-from flashgen.spec.mods import Capture, ModFunction
 
 # ruff's 88 less the indent of a function's body; also what fits is left alone by longer limits.
 MAX_LINE = 84

@@ -9,8 +9,7 @@ import types
 
 import torch
 
-from flashgen.spec.mod_reader import read_mod
-from flashgen.spec.mods import ModFunction, Role
+from flashgen.spec.mods import ModFunction, Role, read_mod
 
 _KEPT = 256
 _MAX_DEPTH = 8

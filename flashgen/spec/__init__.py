@@ -2,8 +2,8 @@
 
 from flashgen.spec.dtypes import DType, parse_dtype
 from flashgen.spec.extras import Extras
-from flashgen.spec.mask_text import parse_mask
 from flashgen.spec.masks import Causal, Full, Mask, Positions, causal, full
+from flashgen.spec.masks.text import parse_mask
 from flashgen.spec.problem import PHASES, AttentionSpec, Phase, Problem, Shape
 from flashgen.spec.text import parse_problem
 

@@ -10,8 +10,7 @@ import typing
 from collections.abc import Callable
 
 from flashgen.errors import InputError
-from flashgen.spec.mod_reader import read_mod
-from flashgen.spec.mods import ModFunction
+from flashgen.spec.mods import ModFunction, read_mod
 
 # torch's tensors, of which this floor knows no type.
 _Tensor = typing.Any

@@ -8,8 +8,8 @@ import re
 
 from flashgen.errors import InputError
 from flashgen.spec.dtypes import DType, parse_dtype
-from flashgen.spec.mask_text import MASK_NAMES, parse_mask
 from flashgen.spec.masks import Full, Mask
+from flashgen.spec.masks.text import MASK_NAMES, parse_mask
 from flashgen.spec.mods import ModFunction, parse_mod
 from flashgen.spec.problem import BIASES, PHASES, AttentionSpec, Bias, Phase, Problem, Shape
 

@@ -22,8 +22,7 @@ from flashgen.errors import InputError
 from flashgen.launch.interpreted import run_interpreted
 from flashgen.resources import resource_dir
 from flashgen.spec import score_mods
-from flashgen.spec.mod_reader import read_mod
-from flashgen.spec.mods import ModFunction, Role, parse_mod
+from flashgen.spec.mods import ModFunction, Role, parse_mod, read_mod
 
 POINTERS = {
     **dict.fromkeys(("bool", "uint8"), "*u8"),

@@ -18,7 +18,7 @@ from flashgen.errors import UnsupportedError
 from flashgen.ops.call import decode_config, encode_config
 from flashgen.spec import causal, full, masks, parse_problem
 from flashgen.spec.masks import Mask
-from flashgen.spec.mod_reader import read_mod
+from flashgen.spec.mods import read_mod
 
 Layout = typing.Literal["bhsd", "bshd"]
 OP = torch.ops.flashgen.attention_forward.default

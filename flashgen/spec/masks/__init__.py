@@ -10,8 +10,8 @@ import typing
 from collections.abc import Callable
 
 from flashgen.errors import InputError
-from flashgen.spec.mask_base import Complement, Intersection, Mask, Positions, Union
-from flashgen.spec.mask_kinds import (
+from flashgen.spec.masks.base import Complement, Intersection, Mask, Positions, Union
+from flashgen.spec.masks.kinds import (
     UNBOUNDED,
     Align,
     Causal,
@@ -24,8 +24,7 @@ from flashgen.spec.mask_kinds import (
     PrefixLM,
     SlidingWindow,
 )
-from flashgen.spec.mod_reader import read_mod
-from flashgen.spec.mods import Capture, ModFunction, TensorLike
+from flashgen.spec.mods import Capture, ModFunction, TensorLike, read_mod
 
 __all__ = [
     "Align",

@@ -1,7 +1,7 @@
 """A user's own `mask_mod` and `score_mod` as plain values: one line of a small language, and what it captures.
 
 The signatures are FlexAttention's: `mask_mod(b, h, q_idx, kv_idx)` gives a boolean, `score_mod(score, b, h, q_idx,
-kv_idx)` a number. Functions are read by `mod_reader.read_mod`; `str` and `parse_mod` take a mod to text and back.
+kv_idx)` a number. Functions are read by `reader.read_mod`; `str` and `parse_mod` take a mod to text and back.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import typing
 from collections.abc import Sequence
 
 from flashgen.errors import InputError
-from flashgen.spec.mod_evaluate import TensorLike as TensorLike
-from flashgen.spec.mod_evaluate import evaluate_body
-from flashgen.spec.mod_expressions import FUNCTIONS, Body, Expr, ExpressionError, Load, Name, Type, depth, write
-from flashgen.spec.mod_refused import Refused
-from flashgen.spec.mod_scope import INPUTS, Scope
-from flashgen.spec.mod_translate import MAX_DEPTH, Known, Resolve, Tensor, Translator, Value
+from flashgen.spec.mods.evaluate import TensorLike as TensorLike
+from flashgen.spec.mods.evaluate import evaluate_body
+from flashgen.spec.mods.expressions import FUNCTIONS, Body, Expr, ExpressionError, Load, Name, Type, depth, write
+from flashgen.spec.mods.refused import Refused
+from flashgen.spec.mods.scope import INPUTS, Scope
+from flashgen.spec.mods.translate import MAX_DEPTH, Known, Resolve, Tensor, Translator, Value
 
 Role = typing.Literal["mask", "score"]
 

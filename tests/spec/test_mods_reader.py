@@ -17,8 +17,7 @@ from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
 from flashgen.errors import InputError
 from flashgen.spec import score_mods
-from flashgen.spec.mod_reader import read_mod
-from flashgen.spec.mods import Capture, parse_mod
+from flashgen.spec.mods import Capture, parse_mod, read_mod
 
 T = typing.Any
 Mod = Callable[..., T]

@@ -1,4 +1,4 @@
-"""From Python syntax to the expressions of `mod_expressions`: the whitelist of what a mod may say.
+"""From Python syntax to the expressions of `expressions`: the whitelist of what a mod may say.
 
 Whatever a name stands for comes from a `Resolve` function, so a user's function and the text of a registry file go
 through the same checks. Nothing is ever evaluated.
@@ -11,10 +11,10 @@ import dataclasses
 import typing
 from collections.abc import Callable, Sequence
 
-from flashgen.spec import mod_expressions as ex
-from flashgen.spec.mod_expressions import Call, Constant, Expr, ExpressionError, Load, Name, Type
-from flashgen.spec.mod_refused import STATEMENTS, Refused, refusal
-from flashgen.spec.mod_scope import Scope
+from flashgen.spec.mods import expressions as ex
+from flashgen.spec.mods.expressions import Call, Constant, Expr, ExpressionError, Load, Name, Type
+from flashgen.spec.mods.refused import STATEMENTS, Refused, refusal
+from flashgen.spec.mods.scope import Scope
 
 MAX_DEPTH = 100
 MAX_NODES = 20_000

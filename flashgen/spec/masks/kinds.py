@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from flashgen.spec.mask_base import Mask, Positions
+from flashgen.spec.masks.base import Mask, Positions
 from flashgen.spec.mods import Capture, ModFunction, TensorLike
 
 Align = typing.Literal["bottom_right", "top_left"]

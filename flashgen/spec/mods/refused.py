@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
-from flashgen.spec.mod_expressions import FUNCTIONS
+from flashgen.spec.mods.expressions import FUNCTIONS
 
 
 class Refused(Exception):

@@ -10,12 +10,21 @@ import types
 import typing
 
 from flashgen.errors import InputError
-from flashgen.spec import mod_expressions as ex
-from flashgen.spec.mod_expressions import Call, Constant, Expr, ExpressionError, Load, Name
-from flashgen.spec.mod_refused import Refused
-from flashgen.spec.mod_scope import Scope
-from flashgen.spec.mod_source import FunctionNode, find_source
-from flashgen.spec.mod_translate import (
+from flashgen.spec.mods import expressions as ex
+from flashgen.spec.mods.expressions import Call, Constant, Expr, ExpressionError, Load, Name
+from flashgen.spec.mods.function import (
+    CAPTURE_TYPES,
+    ModFunction,
+    Role,
+    TensorLike,
+    check_result,
+    input_names,
+    make_mod,
+)
+from flashgen.spec.mods.refused import Refused
+from flashgen.spec.mods.scope import Scope
+from flashgen.spec.mods.source import FunctionNode, find_source
+from flashgen.spec.mods.translate import (
     KNOWN_FUNCTIONS,
     Inlined,
     Known,
@@ -25,7 +34,6 @@ from flashgen.spec.mod_translate import (
     Translator,
     Value,
 )
-from flashgen.spec.mods import CAPTURE_TYPES, ModFunction, Role, TensorLike, check_result, input_names, make_mod
 
 MAX_CALLS = 30
 

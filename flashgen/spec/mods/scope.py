@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 
-from flashgen.spec.mod_expressions import FUNCTIONS, Body, Expr, Load, Name, map_children, walk
+from flashgen.spec.mods.expressions import FUNCTIONS, Body, Expr, Load, Name, map_children, walk
 
 INPUTS = ("b", "h", "q_idx", "kv_idx")
 MAX_NAME = 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Mapping
 
-from flashgen.spec.mod_expressions import Body, Call, Constant, Expr, Load, Name, Type
+from flashgen.spec.mods.expressions import Body, Call, Constant, Expr, Load, Name, Type
 
 
 class TensorLike(typing.Protocol):
