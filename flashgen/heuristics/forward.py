@@ -21,8 +21,9 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
     if head_dim > 256:
         wide = _config(64, 32, 8, 1)
         return (dataclasses.replace(wide, head_tiles=2), wide, *safe_configs())
+    cut = any(len(widths) == 2 for widths in tile_widths(spec, 2))
     if target.has_wgmma:
-        first = _hopper(spec, head_dim)
+        first = _hopper_cut(spec) if cut else _hopper(spec, head_dim)
     elif target.backend == "hip":
         first = (_config(128, 64, 4, 1), _config(64, 64, 4, 1))
     elif target.has_tma:
@@ -31,7 +32,7 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
         first = (_config(128, 64, 4 if head_dim <= 64 else 8, 3), _config(128, 32, 4, 3), _config(64, 32, 4, 2))
     if problem.shape.seqlen_q <= 64:
         first = (_config(64, 64, 4, 3, "descriptor" if target.has_tma else "pointer"), *first)
-    if any(len(widths) == 2 for widths in tile_widths(spec, 2)):
+    if cut:
         first = (*(dataclasses.replace(config, head_tiles=2) for config in first), *first)
     pointers = tuple(dataclasses.replace(config, loads="pointer") for config in first if config.loads != "pointer")
     return (*first, *pointers, *safe_configs())
@@ -53,6 +54,15 @@ def _hopper(spec: AttentionSpec, head_dim: int) -> tuple[TritonForwardConfig, ..
     if head_dim <= 128:
         return (_config(128, 64, 4, 2, "descriptor"), _config(64, 64, 4, 3, "descriptor"))
     return (_config(128, 64, 8, 2, "descriptor"), _config(64, 32, 4, 2, "descriptor"))
+
+
+def _hopper_cut(spec: AttentionSpec) -> tuple[TritonForwardConfig, ...]:
+    # What won among two composed tiles on an H200.
+    if spec.head_dim_v > 160:
+        return (_config(64, 32, 4, 2, "descriptor"), _config(128, 64, 8, 2, "descriptor"))
+    if 80 < spec.head_dim_v < 128:
+        return (_config(128, 64, 8, 2, "descriptor"), _config(64, 64, 4, 2, "descriptor"))
+    return (_config(64, 64, 4, 2, "descriptor"), _config(64, 32, 4, 2, "descriptor"))
 
 
 def _config(block_m: int, block_n: int, warps: int, stages: int, loads: Loads = "pointer") -> TritonForwardConfig:
