@@ -1,7 +1,7 @@
 """Matrix operands are no wider than their tiles: four lanes share the summed dimension, and must all have some of it.
 
-Triton takes the elements of a lane from the narrowest load behind an operand; where 4 of those are more than the tile has,
-it compiles all the same and the products are wrong.
+Triton takes the elements of a lane from the narrowest load behind an operand; where four lanes hold more than the tile
+has, it compiles all the same and the products are wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ SPECS = (
     "full score_mod('return where(keep[kv_idx], score, score - 1.0)', keep='bool[kv_idx]') dropout bf16",
     "document bias=input bf16",
     "causal varlen fp8",
+    "causal dropout bias=bool fp8",
+    "causal dropout alibi bias=input score_mod('return where(keep[kv_idx], score, 0.0)', keep='bool[kv_idx]') fp8",
 )
 _OPERAND = re.compile(r"tensor<(\d+)x\d+x\w+, #ttg\.dot_op<\{opIdx = 1, parent = #\w+, kWidth = (\d+)\}>>")
 
