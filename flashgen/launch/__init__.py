@@ -7,15 +7,16 @@ from flashgen.launch.forward import (
     bind_forward,
     grid_size,
     launch,
-    side_tensors,
 )
 from flashgen.launch.interpreter import fill_unseen, interpret_forward
 from flashgen.launch.operands import Operands, readable
+from flashgen.launch.side_tensors import SideTensors
 from flashgen.launch.tile_table import tile_table
 
 __all__ = [
     "ForwardLaunch",
     "Operands",
+    "SideTensors",
     "allocate_outputs",
     "bind_forward",
     "detect_target",
@@ -24,7 +25,6 @@ __all__ = [
     "interpret_forward",
     "launch",
     "readable",
-    "side_tensors",
     "software_versions",
     "tile_table",
 ]

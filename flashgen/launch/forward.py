@@ -21,22 +21,20 @@ from flashgen.codegen import (
 from flashgen.codegen.mask_plan import mask_numbers
 from flashgen.compile import CompiledKernel, descriptor_block, descriptor_operand
 from flashgen.errors import ConfigError, InputError
-from flashgen.launch.operands import NAMES, Operands, as_read
-from flashgen.launch.tile_table import TileTable, tile_table
+from flashgen.launch.operands import NAMES, Operands
+from flashgen.launch.side_tensors import TENSOR_NAMES, SideTensors
+from flashgen.launch.tile_table import tile_table
 from flashgen.spec import AttentionSpec, Extras, Problem, Shape
 
-_TENSOR_SLOTS = {"q": 0, "k": 1, "v": 2, "out": 3, "lse": 4}
 _INT32_MAX = 2**31 - 1
 _LOG2E = math.log2(math.e)
-
-Side = tuple[torch.Tensor, ...]
 
 
 class ForwardLaunch:
     """A compiled forward kernel bound to sizes, strides and numbers; call it with tensors of exactly those.
 
     Args (of a call): q, k, v, out, lse (None unless the spec has it), any of them with the bound strides, and the other
-    tensors of the call as `side_tensors` gives them. Nothing is checked then: the caller has.
+    tensors of the call as `SideTensors` gives them. Nothing is checked then: the caller has.
     """
 
     def __init__(
@@ -55,7 +53,9 @@ class ForwardLaunch:
         self._pointers: list[tuple[int, int]] = []
         self._descriptors: list[tuple[int, int, dict[str, object]]] = []
         self._arguments: list[object] = []
-        slots = _TENSOR_SLOTS | {name: 5 + index for index, name in enumerate(side_names(plan))}
+        first = len(TENSOR_NAMES)
+        slots = {name: slot for slot, name in enumerate(TENSOR_NAMES)}
+        slots |= {name: first + index for index, name in enumerate(SideTensors(plan).names)}
         for index, name in enumerate(plan.arguments):
             kind = argument_kind(name)
             if kind == "pointer":
@@ -157,35 +157,6 @@ def _score_factors(spec: AttentionSpec, extras: Extras) -> dict[str, float]:
     }
 
 
-def side_names(plan: ForwardPlan) -> tuple[str, ...]:
-    """Return the names of the tensors besides Q, K, V, out and lse, in the order of the kernel's arguments."""
-    names = (name.removesuffix("_ptr") for name in plan.arguments if argument_kind(name) == "pointer")
-    return tuple(name for name in names if name not in _TENSOR_SLOTS)
-
-
-def side_tensors(plan: ForwardPlan, extras: Extras, table: TileTable | None) -> Side:
-    """Return the tensors of a call besides Q, K, V, out and lse, in the order of `side_names`."""
-    names = side_names(plan)
-    if not names:
-        return ()
-    found: dict[str, torch.Tensor | None] = {
-        "bias": extras.bias,
-        "alibi": extras.alibi_slopes,
-        "sinks": extras.sinks,
-        "rng": extras.rng_state,
-        **{name: getattr(extras, name) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")},
-        **{name: getattr(extras, name) for name in ("q_descale", "k_descale", "v_descale")},
-    }
-    if table is not None:
-        found |= {"tile_start": table.start, "tile_full": table.full, "tile_index": table.index}
-    captures = (name.removesuffix("_ptr") for name in capture_pointers(plan.spec))
-    found |= dict(zip(captures, map(as_read, extras.captures), strict=True))
-    missing = [name for name in names if found.get(name) is None]
-    if missing:
-        raise InputError(f"the call needs tensors that were not given: {', '.join(missing)}")
-    return tuple(typing.cast(torch.Tensor, found[name]) for name in names)
-
-
 def descriptor_fields(name: str, spec: AttentionSpec, config: KernelConfig, operands: Operands) -> dict[str, object]:
     """Return the fields of the `TensorDescriptor` argument `name`, all but its base tensor."""
     operand = descriptor_operand(name)[0]
@@ -222,8 +193,8 @@ def bind_forward(
         operands=Operands.of(tensors),
         extras=extras,
     )
-    side = side_tensors(plan, extras, tile_table(problem, config, extras, tensors["q"].device))
-    q, k, v, out, lse = (tensors.get(name) for name in _TENSOR_SLOTS)
+    side = SideTensors(plan)(extras, tile_table(problem, config, extras, tensors["q"].device))
+    q, k, v, out, lse = (tensors.get(name) for name in TENSOR_NAMES)
     return lambda: bound(q, k, v, out, lse, *side)
 
 
@@ -241,7 +212,8 @@ def kernel_arguments(
     """
     operands = Operands.of(tensors)
     table = tile_table(problem, config, extras, tensors["q"].device)
-    given = {**tensors, **dict(zip(side_names(plan), side_tensors(plan, extras, table), strict=True))}
+    side = SideTensors(plan)
+    given = {**tensors, **dict(zip(side.names, side(extras, table), strict=True))}
     values: dict[str, object] = dict(launch_values(problem, config, operands, extras))
     arguments: dict[str, object] = {}
     for name in plan.arguments:

@@ -17,10 +17,10 @@ from flashgen.errors import CompileError, FlashgenError
 from flashgen.launch import (
     ForwardLaunch,
     Operands,
+    SideTensors,
     detect_target,
     fill_unseen,
     readable,
-    side_tensors,
     software_versions,
     tile_table,
 )
@@ -178,9 +178,10 @@ class _Bound:
     ) -> None:
         problem, config = selection.problem, selection.config
         spec = problem.spec
-        self._plan = render(spec, config).plan
+        plan = render(spec, config).plan
+        self._side_tensors = SideTensors(plan)
         self._launch = ForwardLaunch(
-            plan=self._plan,
+            plan=plan,
             compiled=compiled_kernel(spec, config, selection.target),
             problem=problem,
             config=config,
@@ -227,7 +228,7 @@ class _Bound:
             # A kernel writes the rows of sequences alone.
             fill_unseen(out, lse)
         table = tile_table(self._problem, self._config, extras, self._device)
-        self._launch(q, k, v, out, lse, *side_tensors(self._plan, extras, table))
+        self._launch(q, k, v, out, lse, *self._side_tensors(extras, table))
 
 
 def sequences_fill(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, options: Options) -> bool:

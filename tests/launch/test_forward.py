@@ -16,11 +16,11 @@ from flashgen.errors import InputError
 from flashgen.launch import (
     ForwardLaunch,
     Operands,
+    SideTensors,
     allocate_outputs,
     bind_forward,
     grid_size,
     readable,
-    side_tensors,
     tile_table,
 )
 from flashgen.launch.forward import kernel_arguments, launch_values
@@ -215,9 +215,10 @@ def test_each_tensor_of_a_call_is_bound_in_its_place() -> None:
     plan = render(problem.spec, CONFIG).plan
     table = tile_table(problem, CONFIG, extras, torch.device("cpu"))
     assert table is not None
-    names = [n.removesuffix("_ptr") for n in plan.arguments if n.endswith("_ptr")]
-    side = [name for name in names if name not in ("q", "k", "v", "out", "lse")]
-    found = dict(zip(side, side_tensors(plan, extras, table), strict=True))
+    side = SideTensors(plan)
+    pointers = {n.removesuffix("_ptr") for n in plan.arguments if n.endswith("_ptr")}
+    assert set(side.names) == pointers - {"q", "k", "v", "out", "lse"}
+    found = dict(zip(side.names, side(extras, table), strict=True))
     t, u, w = extras.captures
     want = {
         "bias": extras.bias, "alibi": extras.alibi_slopes, "sinks": extras.sinks, "rng": extras.rng_state,
@@ -232,8 +233,8 @@ def test_each_tensor_of_a_call_is_bound_in_its_place() -> None:
 
 def test_a_tensor_that_the_call_lacks_is_named() -> None:
     problem = parse_problem("b=2 hq=6 hkv=2 sq=70 sk=77 d=64 fp16 alibi sinks")
-    with pytest.raises(InputError, match="not given: alibi, sinks"):
-        side_tensors(render(problem.spec, CONFIG).plan, EXTRAS, None)
+    with pytest.raises(InputError, match="not given: alibi_slopes, sinks"):
+        SideTensors(render(problem.spec, CONFIG).plan)(EXTRAS, None)
 
 
 def test_a_bound_launch_takes_other_tensors_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
