@@ -74,16 +74,6 @@ class ForwardPlan:
         return bool(spec.softcap or spec.score_mod or spec.bias != "none" or spec.alibi)
 
     @property
-    def may_hide(self) -> bool:
-        """Whether a score may become -inf without the mask."""
-        return self.spec.bias != "none" or self.spec.score_mod is not None
-
-    @property
-    def natural_scores(self) -> bool:
-        """Whether scores are in natural units up to `score_mod`; in base 2 from the start otherwise."""
-        return self.spec.score_mod is not None
-
-    @property
     def out_descriptor(self) -> bool:
         """Whether out is written through a descriptor: packed sequences end inside a tile."""
         return self.descriptor and not self.spec.varlen
