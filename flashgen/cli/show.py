@@ -55,7 +55,7 @@ def _row(located: Located) -> tuple[str, ...]:
         str(entry.range),
         short_config(entry.config),
         f"{performance.median_us:g}",
-        f"{performance.tflops:g}",
+        entry.tflops_text,
         f"{beside} {performance.baseline}" if performance.baseline_us else beside,
         entry.origin,
         _state(entry),

@@ -43,7 +43,7 @@ def _row(result: ProblemResult) -> tuple[str, ...]:
         str(result.problem),
         short_config(entry.config) + tied,
         f"{performance.median_us:g}",
-        f"{performance.tflops:g}",
+        entry.tflops_text,
         entry.origin,
         beside or "-",
         trials_text(result),

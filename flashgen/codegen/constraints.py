@@ -11,7 +11,7 @@ import typing
 
 from flashgen.codegen.config import KernelConfig, TritonForwardConfig
 from flashgen.codegen.head_tiles import tile_widths
-from flashgen.codegen.plan import single_loop_differs
+from flashgen.codegen.mask_plan import plan_mask
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec, DType
 from flashgen.target import GpuTarget
@@ -181,7 +181,7 @@ def head_tiles_matter(config: TritonForwardConfig, spec: AttentionSpec, target: 
 
 def single_loop_matters(config: TritonForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """One loop instead of three is another kernel only where a tile's keys have two edges."""
-    if config.loops == "single" and not single_loop_differs(spec):
+    if config.loops == "single" and not plan_mask(spec.mask.structure()).two_edges:
         return f"loops=single is the same kernel as split, or no better, under the mask {spec.mask}"
     return None
 

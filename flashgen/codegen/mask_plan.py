@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
@@ -96,6 +97,11 @@ class MaskPlan:
         return any(leaf.left_edge for leaf in self.leaves)
 
     @property
+    def two_edges(self) -> bool:
+        """Whether a formula gives the keys of a tile a first and a last one: three loops, or a single one."""
+        return self.left_edge and not self.table
+
+    @property
     def guards_keys(self) -> bool:
         """Whether `mask_mod` by itself is False past the last key, for every query row that exists."""
         return not self.statements and self.leaves[0].mask in (Causal(), Full())
@@ -106,6 +112,7 @@ class MaskPlan:
         return self.statements[-1].split(" = ")[0]
 
 
+@functools.lru_cache(maxsize=256)
 def plan_mask(mask: Mask) -> MaskPlan:
     """Return the device functions of a mask with neutral numbers (see `Mask.structure`)."""
     leaves = tuple(_leaves(mask))

@@ -132,7 +132,7 @@ class ForwardPlan:
         """The loops over the keys: whether masked, from where, to where."""
         if self.single_loop:
             return (("True", "start", "end"),)
-        if not self.mask.table and self.mask.left_edge:
+        if self.mask.two_edges:
             return (
                 ("True", "start", "full_start"),
                 ("False", "full_start", "full_end"),
@@ -233,7 +233,7 @@ def make_plan(spec: AttentionSpec, config: KernelConfig) -> ForwardPlan:
         descriptor=descriptor,
         qk_tiles=qk_tiles,
         v_tiles=v_tiles,
-        single_loop=config.loops == "single" and single_loop_differs(spec),
+        single_loop=config.loops == "single" and mask.two_edges,
         mask=mask,
         score_arguments=mod_arguments(score, SCORE_PREFIX) if score else (),
         score_lines=mod_lines(score, SCORE_PREFIX) if score else (),
@@ -243,12 +243,6 @@ def make_plan(spec: AttentionSpec, config: KernelConfig) -> ForwardPlan:
         pointer_types=tuple(sorted((side_pointer_types(spec) | capture_types(spec)).items())),
         dot_options="max_num_imprecise_acc=32" if spec.dtype is DType.FP8 else f'input_precision="{_precision(spec)}"',
     )
-
-
-def single_loop_differs(spec: AttentionSpec) -> bool:
-    """Return whether a single loop is another kernel: where a formula gives the keys of a tile two edges."""
-    mask = plan_mask(spec.mask.structure())
-    return mask.left_edge and not mask.table
 
 
 def _precision(spec: AttentionSpec) -> str:

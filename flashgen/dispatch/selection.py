@@ -93,7 +93,7 @@ class Selection:
                 f"entry     {self.path}, digest {self.entry.digest()}",
                 f"measured  {self.entry.range}, distance {self.distance:.2f}",
                 f"{'timed' if self.origin == 'measured' else 'predicted':9} {performance.median_us:g} us, "
-                f"{performance.tflops:g} TFLOP/s" + _baseline(performance.baseline, performance.baseline_us),
+                f"{self.entry.tflops_text} TFLOP/s" + _baseline(performance.baseline, performance.baseline_us),
             ]
         lines += [f"differs   {difference}" for difference in self.differences]
         lines += [f"refused   {refusal}" for refusal in self.refused]

@@ -16,8 +16,8 @@ from flashgen.launch import interpret_forward
 from flashgen.measure import attention_reference
 from flashgen.ops.call import Options, Tensors, decode_config, heads_first
 from flashgen.ops.checks import extras_of, problem_of
-from flashgen.ops.runtime import Outputs, choose, logger, lse_size, negated, nothing_to_see, sequences_fill
-from flashgen.ops.unseen import unseen_outputs, used_rows
+from flashgen.ops.runtime import Outputs, choose, logger, negated, nothing_to_see, run_unseen, sequences_fill
+from flashgen.ops.unseen import used_rows
 from flashgen.resources import interpret_requested
 from flashgen.spec import Extras, Problem
 from flashgen.target import named_target
@@ -53,8 +53,7 @@ def forward_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tens
     filled = not options.packed or sequences_fill(q, k, tensors, options)
     extras = extras_of(problem, tensors, options)
     if nothing_to_see(q, k, problem):
-        out, lse = _empty_outputs(q, problem, options.layout)
-        return unseen_outputs(out, lse, tensors)
+        return run_unseen(q, k, v, tensors, problem=problem, layout=options.layout)
     views = tuple(heads_first(t, options.layout) for t in (q, k, v))
     if _interpreting.get() or interpret_requested():
         out, lse = _interpret(views, problem, extras, options)
@@ -85,12 +84,6 @@ def _clear_unowned(out: torch.Tensor, lse: torch.Tensor | None, tensors: Tensors
     out[~owned] = 0
     if lse is not None:
         lse[:, ~owned] = float("-inf")
-
-
-def _empty_outputs(q: torch.Tensor, problem: Problem, layout: str) -> Outputs:
-    spec = problem.spec
-    out = q.new_empty((*q.shape[:-1], spec.head_dim_v), dtype=getattr(torch, spec.dtype.out.torch_name))
-    return out, q.new_empty(lse_size(q, problem, layout), dtype=torch.float32) if spec.lse else None
 
 
 @functools.lru_cache(maxsize=1)

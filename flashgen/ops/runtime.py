@@ -62,7 +62,7 @@ def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
     problem = problem_of(q, k, v, tensors, options)
     extras = extras_of(problem, tensors, options)
     if nothing_to_see(q, k, problem):
-        return functools.partial(_run_unseen, problem=problem, layout=options.layout)
+        return functools.partial(run_unseen, problem=problem, layout=options.layout)
     if extras.softmax_scale < 0:
         # The kernels' running maximum assumes a scale of at least 0; a sign is exact to move into Q.
         positive = options._replace(softmax_scale=-extras.softmax_scale)
@@ -255,12 +255,13 @@ def lse_size(q: torch.Tensor, problem: Problem, layout: str) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0]) if problem.spec.varlen else tuple(q.shape[:3])
 
 
-def _run_unseen(
+def run_unseen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, *, problem: Problem, layout: str
 ) -> Outputs:
     """Return the outputs of a call without any key or without any query: nothing to launch."""
-    out = q.new_empty((*q.shape[:-1], problem.spec.head_dim_v), dtype=getattr(torch, problem.spec.dtype.out.torch_name))
-    lse = q.new_empty(lse_size(q, problem, layout), dtype=torch.float32) if problem.spec.lse else None
+    spec = problem.spec
+    out = q.new_empty((*q.shape[:-1], spec.head_dim_v), dtype=getattr(torch, spec.dtype.out.torch_name))
+    lse = q.new_empty(lse_size(q, problem, layout), dtype=torch.float32) if spec.lse else None
     return unseen_outputs(out, lse, tensors)
 
 

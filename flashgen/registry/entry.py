@@ -79,7 +79,7 @@ class Performance:
     Attributes:
         median_us: median time of one launch; for a predicted entry, what the model expects.
         spread: interquartile range over the median.
-        tflops: useful TFLOP/s at the median.
+        tflops: useful TFLOP/s at the median; at most, where only data can tell how many pairs a mask shows.
         baseline: what was timed beside it.
         baseline_us: its median, or None if nothing was.
         timing: how the clock was held, for example `cold-l2`.
@@ -194,6 +194,11 @@ class RegistryEntry:
     def key(self) -> EntryKey:
         """Return what makes two entries the same: device, arch, spec and range."""
         return self.device_name, self.arch, self.spec, self.range
+
+    @property
+    def tflops_text(self) -> str:
+        """TFLOP/s in words: at most so many where only data can tell how many pairs the mask shows."""
+        return f"{'' if self.spec.mask.by_formula else 'at most '}{self.performance.tflops:g}"
 
     def as_dict(self) -> dict[str, object]:
         """Return the content as plain values, in the order they are written; `codec.entry_from_dict` reads it."""

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import typing
 
 import pytest
 
@@ -114,3 +115,10 @@ def test_merge_is_a_semilattice_that_loses_no_key(random_entries) -> None:
         assert merge(merged, c) == merge(a, merge(b, c))
         assert merge(merged, merged) == merged == merge(merged, a)
         assert {e.key() for e in merged} == {e.key() for e in itertools.chain(a, b)}
+
+
+def test_tflops_that_count_every_pair_say_so(make_entry: typing.Callable[..., RegistryEntry]) -> None:
+    entry = make_entry()
+    assert entry.tflops_text == f"{entry.performance.tflops:g}"
+    documents = dataclasses.replace(entry, spec=dataclasses.replace(entry.spec, mask=parse_mask("causal&document")))
+    assert documents.tflops_text == f"at most {entry.performance.tflops:g}"
