@@ -71,7 +71,7 @@ def test_a_shipped_shape_gets_its_own_entry() -> None:
 
 
 def test_a_call_finds_its_entry() -> None:
-    plain = [entry for entry in shipped() if not entry.spec.features and not entry.spec.mask.captures]
+    plain = [entry for entry in shipped() if not entry.spec.features and entry.spec.mask.by_formula]
     for entry in of_every_kind(plain)[:3]:
         q, k, v = random_inputs(problem_of(entry), device="cuda", seed=0)
         selection = flashgen.explain(q, k, v, mask=entry.spec.mask, score_mod=entry.spec.score_mod)
