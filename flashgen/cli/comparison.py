@@ -124,7 +124,7 @@ def _useful_flops(problem: Problem, extras: Extras) -> int:
     spec = problem.spec
     if spec.mask.by_formula:
         return problem.flops()
-    return 2 * count_visible(spec, problem.shape, extras) * (spec.head_dim_qk + spec.head_dim_v)
+    return problem.flops_of(count_visible(spec, problem.shape, extras))
 
 
 def _judge(

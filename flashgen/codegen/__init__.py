@@ -1,7 +1,13 @@
 """From a spec and a config to readable Triton source; imports neither torch nor triton."""
 
 from flashgen.codegen.arguments import argument_kind
-from flashgen.codegen.config import KernelConfig, TritonForwardConfig, config_from_dict
+from flashgen.codegen.config import (
+    KernelConfig,
+    LaunchOptions,
+    TritonBackwardConfig,
+    TritonForwardConfig,
+    config_from_dict,
+)
 from flashgen.codegen.kernel_resources import KernelResources
 from flashgen.codegen.plan import ForwardPlan, constant_values, make_plan
 from flashgen.codegen.render import RenderedKernel, code_digest, is_current, render
@@ -11,7 +17,9 @@ __all__ = [
     "ForwardPlan",
     "KernelConfig",
     "KernelResources",
+    "LaunchOptions",
     "RenderedKernel",
+    "TritonBackwardConfig",
     "TritonForwardConfig",
     "argument_kind",
     "capture_pointers",

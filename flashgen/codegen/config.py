@@ -11,7 +11,21 @@ from flashgen.errors import ConfigError
 Scalar = int | str
 Loads = typing.Literal["pointer", "descriptor"]
 Loops = typing.Literal["split", "single"]
-_CHOICES: dict[str, tuple[str, ...]] = {"loads": typing.get_args(Loads), "loops": typing.get_args(Loops)}
+QueryGradient = typing.Literal["kernel", "atomic", "ordered"]
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "loads": typing.get_args(Loads),
+    "loops": typing.get_args(Loops),
+    "dq": typing.get_args(QueryGradient),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """What Triton is told of one kernel beside its arguments; see `KernelConfig`."""
+
+    num_warps: int
+    num_stages: int
+    maxnreg: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -29,6 +43,10 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     maxnreg: int = 0
+
+    def launch_options(self, entry_point: str) -> LaunchOptions:
+        """Return the launch options of one kernel of the rendered module."""
+        return LaunchOptions(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.maxnreg)
 
     def as_dict(self) -> dict[str, Scalar]:
         """Return the template name and every number, in the order they are written to YAML."""
@@ -65,7 +83,49 @@ class TritonForwardConfig(KernelConfig):
     loops: Loops = "split"
 
 
-_CONFIG_TYPES: dict[str, type[KernelConfig]] = {TritonForwardConfig.template: TritonForwardConfig}
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class TritonBackwardConfig(KernelConfig):
+    """Numbers of `templates/triton/backward.py.jinja`; num_warps, num_stages and maxnreg are those of dK and dV.
+
+    Attributes:
+        block_m1: query rows of one step of the kernel of dK and dV.
+        block_n1: keys of one of its programs.
+        dq: where dQ comes from. `kernel`: one of its own, which computes the scores again. `atomic`: the kernel of dK
+            and dV adds to it in float32, in any order. `ordered`: the same, one key tile after the other.
+        block_m2: query rows of one program of dQ's own kernel; 0, as the next three, where there is none.
+        block_n2: keys of one step of its loop.
+        num_warps2: its warps.
+        num_stages2: depth of its pipeline.
+        loads: `pointer` (any GPU, any strides, packed sequences) or `descriptor` (tensor descriptors).
+        head_group: key/value heads whose tiles are launched together.
+        loops: `split` walks tiles that the mask leaves whole in a loop without mask code, `single` masks every tile.
+    """
+
+    template: typing.ClassVar[str] = "triton/backward"
+
+    block_m1: int
+    block_n1: int
+    dq: QueryGradient = "kernel"
+    block_m2: int = 0
+    block_n2: int = 0
+    num_warps2: int = 0
+    num_stages2: int = 0
+    loads: Loads = "pointer"
+    head_group: int = 1
+    loops: Loops = "split"
+
+    def launch_options(self, entry_point: str) -> LaunchOptions:
+        if entry_point == "attn_bwd_dq":
+            return LaunchOptions(num_warps=self.num_warps2, num_stages=self.num_stages2, maxnreg=0)
+        if entry_point == "attn_bwd_delta":
+            # Moves memory and does little else.
+            return LaunchOptions(num_warps=4, num_stages=1, maxnreg=0)
+        return super().launch_options(entry_point)
+
+
+_CONFIG_TYPES: dict[str, type[KernelConfig]] = {
+    config_type.template: config_type for config_type in (TritonForwardConfig, TritonBackwardConfig)
+}
 
 
 @functools.cache

@@ -11,10 +11,11 @@ from flashgen.spec.dtypes import DType
 from flashgen.spec.masks import Full, Mask
 from flashgen.spec.mods import ModFunction
 
-Phase = typing.Literal["forward"]
+Phase = typing.Literal["forward", "backward"]
 PHASES: tuple[Phase, ...] = typing.get_args(Phase)
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 512
+MAX_BACKWARD_HEAD_DIM = 256
 
 Bias = typing.Literal["none", "input", "fp32", "bool"]
 BIASES: tuple[Bias, ...] = typing.get_args(Bias)
@@ -27,7 +28,7 @@ class AttentionSpec:
     The order of what happens to a score: scale, softcap, score_mod, bias and ALiBi, then the mask.
 
     Attributes:
-        phase: `forward`.
+        phase: `forward`, or `backward`: the gradients, from Q, K, V, out, lse and the gradient of out.
         dtype: element type of Q, K, V and out, and how products are computed.
         head_dim_qk: columns of Q and K; a multiple of 8 from 16 to 512.
         head_dim_v: columns of V and out; likewise, need not equal head_dim_qk.
@@ -43,7 +44,9 @@ class AttentionSpec:
         varlen: Q, K and V are packed [tokens, heads, head_dim], cut by cu_seqlens.
         seqused: each batch entry uses only the first seqused_q / seqused_k of its rows: `""`, `q`, `k` or `qk`.
         descale: Q, K and V are multiplied by factors per (batch, key/value head); fp8 only.
-        lse: whether the natural-log log-sum-exp of each row is written too.
+        lse: whether the natural-log log-sum-exp of each row is written too; forward only.
+        deterministic: gradients must be equal bit for bit from run to run; backward only.
+        dbias: whether the gradient of the bias is asked for, too; backward only.
     """
 
     dtype: DType
@@ -61,6 +64,8 @@ class AttentionSpec:
     seqused: str = ""
     descale: bool = False
     lse: bool = False
+    deterministic: bool = False
+    dbias: bool = False
     phase: Phase = "forward"
 
     def __post_init__(self) -> None:
@@ -80,6 +85,24 @@ class AttentionSpec:
             raise InputError(f"seqused must be '', 'q', 'k' or 'qk', got {self.seqused!r}")
         if self.descale and self.dtype is not DType.FP8:
             raise InputError(f"descale factors belong to fp8, got {self.dtype}")
+        self._check_phase()
+
+    def _check_phase(self) -> None:
+        if self.phase == "forward":
+            if self.deterministic or self.dbias:
+                raise InputError("deterministic and dbias belong to the backward phase; the forward always is")
+            return
+        if self.lse:
+            raise InputError("lse is an output of the forward phase; the backward phase always reads it")
+        if self.dtype is DType.FP8:
+            raise InputError("fp8 has no backward phase: use fp16 or bf16 in training")
+        if max(self.head_dim_qk, self.head_dim_v) > MAX_BACKWARD_HEAD_DIM:
+            raise InputError(
+                f"the backward phase takes head dimensions up to {MAX_BACKWARD_HEAD_DIM}, got {self.head_dim_qk} and "
+                f"{self.head_dim_v}"
+            )
+        if self.dbias and self.bias in ("none", "bool"):
+            raise InputError(f"dbias needs a bias of numbers, got bias={self.bias}")
 
     @property
     def default_scale(self) -> float:
@@ -89,7 +112,7 @@ class AttentionSpec:
     @property
     def features(self) -> tuple[str, ...]:
         """What the spec has beyond dtype, head dimensions, mask and score_mod, in the words of `parse_problem`."""
-        flags = ("softcap", "alibi", "sinks", "dropout", "varlen", "descale")
+        flags = ("softcap", "alibi", "sinks", "dropout", "varlen", "descale", "deterministic", "dbias")
         words = [name for name in flags if getattr(self, name)]
         if self.bias != "none":
             words.append(f"bias={self.bias}" + ("" if self.bias_aligned else ":unaligned"))
@@ -100,11 +123,24 @@ class AttentionSpec:
     def tuning_key(self) -> AttentionSpec:
         """Return the spec that tuned entries are kept under: without what never moves the winner.
 
-        lse, sinks, seqused and descale cost a few numbers per row or tile, and tensors are no part of a key.
+        lse, sinks, seqused and descale cost a few numbers per row or tile, dbias is a kernel of its own, and tensors
+        are no part of a key.
         """
         return dataclasses.replace(
-            self.without_tensors(), lse=False, sinks=False, seqused="", descale=False, bias_aligned=True
+            self.without_tensors(), lse=False, sinks=False, seqused="", descale=False, bias_aligned=True, dbias=False
         )
+
+    def backward(self, *, deterministic: bool = False, dbias: bool = False) -> AttentionSpec:
+        """Return the spec of the gradients of this forward one.
+
+        Raises:
+            InputError: if it has none (fp8, head dimensions above 256).
+        """
+        return dataclasses.replace(self, phase="backward", lse=False, deterministic=deterministic, dbias=dbias)
+
+    def forward(self) -> AttentionSpec:
+        """Return the spec of the forward pass, with lse, whose gradients this backward one computes."""
+        return dataclasses.replace(self, phase="forward", lse=True, deterministic=False, dbias=False)
 
     def without_tensors(self) -> AttentionSpec:
         """Return the spec without the tensors that its mask and score_mod hold."""
@@ -157,9 +193,16 @@ class Problem:
     shape: Shape
 
     def flops(self) -> int:
-        """Return the multiply-adds, counted twice, of the two products over the visible pairs."""
+        """Return the multiply-adds, counted twice, of the products over the visible pairs: two, or five backward."""
         pairs = sum(self.spec.mask.visible_pairs(seqlen_q, seqlen_k) for seqlen_q, seqlen_k in self.lengths())
-        return 2 * pairs * (self.spec.head_dim_qk + self.spec.head_dim_v) * self.shape.nheads_q
+        return self.flops_of(pairs * self.shape.nheads_q)
+
+    def flops_of(self, pairs: int) -> int:
+        """Return the same for so many visible pairs over all heads."""
+        spec = self.spec
+        # Backward: the scores again, dQ and dK over head_dim_qk; dP and dV over head_dim_v.
+        times_qk, times_v = (1, 1) if spec.phase == "forward" else (3, 2)
+        return 2 * pairs * (times_qk * spec.head_dim_qk + times_v * spec.head_dim_v)
 
     def lengths(self) -> tuple[tuple[int, int], ...]:
         """Return (seqlen_q, seqlen_k) of each batch entry.
@@ -179,6 +222,10 @@ class Problem:
         dims = spec.head_dim_qk + spec.head_dim_v
         rows_q, rows_k = (sum(lengths) for lengths in zip(*self.lengths(), strict=True)) if s.batch else (0, 0)
         inputs = s.nheads_q * rows_q * spec.head_dim_qk + s.nheads_kv * rows_k * dims
+        if spec.phase == "backward":
+            # Each input has a gradient of its size; out and its gradient are read, and lse.
+            rows = 2 * s.nheads_q * rows_q * spec.head_dim_v
+            return (2 * inputs + rows) * spec.dtype.itemsize + 4 * s.nheads_q * rows_q
         outputs = s.nheads_q * rows_q * spec.head_dim_v * spec.dtype.out.itemsize + 4 * s.nheads_q * rows_q * spec.lse
         return inputs * spec.dtype.itemsize + outputs
 

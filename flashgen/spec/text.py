@@ -24,7 +24,7 @@ _NUMBERS = {
     "d": "head dimension of Q and K",
     "dv": "head dimension of V (default: d)",
 }
-_FLAGS = ("softcap", "alibi", "sinks", "dropout", "varlen", "descale")
+_FLAGS = ("softcap", "alibi", "sinks", "dropout", "varlen", "descale", "deterministic", "dbias")
 _BIASES: dict[str, Bias] = {name: name for name in BIASES if name != "none"}
 _PHASES: dict[str, Phase] = {name: name for name in PHASES}
 FEATURE_WORDS = (*_FLAGS, f"bias={'|'.join(_BIASES)}[:unaligned]", "seqused=q|k|qk")
@@ -91,6 +91,8 @@ def with_features(spec: AttentionSpec, words: collections.abc.Iterable[str]) -> 
         dropout="dropout" in given,
         varlen="varlen" in given,
         descale="descale" in given,
+        deterministic="deterministic" in given,
+        dbias="dbias" in given,
         bias=_BIASES.get(kind, "none"),
         bias_aligned=not alignment,
         seqused=given.get("seqused", ""),
