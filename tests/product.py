@@ -19,7 +19,7 @@ import torch
 from flashgen.codegen import TritonForwardConfig, render
 from flashgen.codegen.constraints import check_config
 from flashgen.compile import compile_job, compile_kernel
-from flashgen.launch import Operands, bind_forward, detect_target, interpret_forward, tile_table
+from flashgen.launch import Operands, bind_forward, detect_target, forward_table, interpret_forward
 from flashgen.measure import API_LENGTHS, accuracy_error, poisoned_empty, random_extras, random_inputs
 from flashgen.measure.entries import batch_entries
 from flashgen.spec import AttentionSpec, DType, Extras, Mask, Problem, Shape, parse_mask
@@ -304,7 +304,7 @@ def prepare(seed: int) -> str:
         compile_job(drawn.spec.structure(), drawn.config, detect_target(device))
         for problem in drawn.problems if not drawn.spec.mask.by_formula else ():
             extras = random_extras(problem, device="cuda", seed=seed)
-            tile_table(problem, drawn.config, extras, device)
+            forward_table(problem, drawn.config, extras, device)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

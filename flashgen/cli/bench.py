@@ -12,7 +12,7 @@ from flashgen.cli.configs import parse_config, short_config
 from flashgen.cli.exits import FAILED
 from flashgen.cli.lookup import selection_document
 from flashgen.cli.output import note, print_json, print_table, ratio
-from flashgen.cli.problems import resolve_problems, words
+from flashgen.cli.problems import resolve_problems, training_steps, words
 from flashgen.cli.targets import require_gpu
 from flashgen.errors import InputError
 
@@ -36,7 +36,7 @@ def bench(
     model: options.Model = None,
     preset: options.Preset = None,
     shape: options.Shapes = None,
-    phase: options.Phase = "forward",
+    phase: options.Phase = None,
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
     device: options.Device = None,
     registry: options.Registry = None,
@@ -48,10 +48,11 @@ def bench(
 ) -> None:
     """Time flashgen beside other implementations.
 
-    Each is checked first, then all are timed in the same interleaved rounds on a cold L2 cache. Needs a GPU.
+    Each is checked first, then all are timed in the same interleaved rounds on a cold L2 cache. Needs a GPU. Of a
+    training step (--phase forward,backward), the sum of both phases is shown, too.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
-    chosen = parse_config(config)
+    chosen = parse_config(config, problems)
     gpu = require_gpu(device, "bench")
     import torch
 
@@ -78,7 +79,9 @@ def bench(
             for name, reason in result.absent.items():
                 note(f"  {name} not timed: {reason}")
     if as_json:
-        print_json({"device": str(gpu), "problems": [_document(comparison) for comparison in comparisons]})
+        problem_documents = [_document(comparison) for comparison in comparisons]
+        steps = {problem: dict(sums) for problem, sums in step_sums(comparisons)}
+        print_json({"device": str(gpu), "problems": problem_documents, "training_steps_us": steps})
     else:
         show_comparisons(comparisons)
     if any(OURS not in comparison.timings for comparison in comparisons):
@@ -96,8 +99,23 @@ def _peers(text: str | None) -> list[Peer]:
     return [PEERS[name] for name in words(text)]
 
 
+def step_sums(comparisons: typing.Sequence[Comparison]) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Return each training step of which both phases were timed: the backward problem's text and us by implementation.
+
+    The forward is the one that writes lse; an implementation counts where it ran both.
+    """
+    found = {c.problem: c.timings for c in comparisons if c.problem.spec.phase == "backward" or c.problem.spec.lse}
+    steps = []
+    for forward, backward in training_steps(found):
+        first, second = found[forward], found[backward]
+        sums = [(name, first[name].median_us + second[name].median_us) for name in first if name in second]
+        if sums:
+            steps.append((str(backward), sums))
+    return steps
+
+
 def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
-    """Print one line for each implementation of each problem, and what calls cost the host where it was measured."""
+    """Print a line for each implementation of each problem and each training step, and what calls cost the host."""
     from flashgen.cli.comparison import OURS
 
     rows, host_rows = [], []
@@ -122,6 +140,14 @@ def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
         host_rows += [(problem, name, f"{us:.2f}") for name, us in comparison.host_us.items()]
     numeric = ("us", "TFLOP/s", "of flashgen's time", "spread")
     print_table(("problem", "implementation", "kernel", *numeric, "error of allowed"), rows, numeric=numeric)
+    step_rows = [
+        (problem, name, f"{us:.1f}", ratio(us, dict(sums).get(OURS)))
+        for problem, sums in step_sums(comparisons)
+        for name, us in sums
+    ]
+    if step_rows:
+        columns = ("training step", "implementation", "us", "of flashgen's time")
+        print_table(columns, step_rows, numeric=("us", "of flashgen's time"))
     if host_rows:
         print_table(("problem", "on the host", "us a call"), host_rows, numeric=("us a call",))
 

@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from flashgen.codegen import KernelConfig, TritonForwardConfig, render
+from flashgen.cli.gradients import GradientCase
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig, render
 from flashgen.compile import compile_kernel
 from flashgen.dispatch import Selection
 from flashgen.errors import ConfigError
@@ -27,6 +28,7 @@ MAX_INTERPRETED_TOKENS = 256
 
 _MAX_CHECKED_SCORES = 2**24
 _CHECKED_HEADS = 4
+_CHECKED_KV_HEADS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,21 @@ class Check:
 
 
 def check_on_gpu(selection: Selection, device: torch.device) -> tuple[Check, ...]:
-    """Return the checks at awkward shapes, with lse, and at the problem's own, on a sample of its heads."""
+    """Return the checks at awkward shapes and at the problem's own, on a sample of its heads.
+
+    At awkward shapes a forward also writes lse, and a backward pass also has a gradient of it.
+    """
     problem, config = selection.problem, selection.config
-    with_lse = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, lse=True))
-    cases = [dataclasses.replace(with_lse, shape=shape) for shape in _awkward(problem, config)] + [problem]
     with torch.cuda.device(device):
-        return tuple(Check(shape=case.shape, report=_launched(case, selection, device)) for case in cases)
+        if problem.spec.phase == "backward":
+            cases = [(shape, True) for shape in _awkward(problem, config)] + [(problem.shape, False)]
+            return tuple(
+                Check(shape=shape, report=_launched_gradients(_at(problem, shape), selection, device, dlse))
+                for shape, dlse in cases
+            )
+        with_lse = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, lse=True))
+        forwards = [_at(with_lse, shape) for shape in _awkward(problem, config)] + [problem]
+        return tuple(Check(shape=case.shape, report=_launched(case, selection, device)) for case in forwards)
 
 
 def check_interpreted(selection: Selection) -> tuple[Check, ...]:
@@ -58,18 +69,31 @@ def check_interpreted(selection: Selection) -> tuple[Check, ...]:
         nheads_q=nheads_kv * min(shape.group, 2),
         nheads_kv=nheads_kv,
     )
-    reduced = Problem(spec=dataclasses.replace(problem.spec, lse=True), shape=small)
+    backward = problem.spec.phase == "backward"
+    spec = problem.spec if backward else dataclasses.replace(problem.spec, lse=True)
+    reduced = Problem(spec=spec, shape=small)
     shapes = [
         shape for shape in _awkward(reduced, config) if max(shape.seqlen_q, shape.seqlen_k) <= MAX_INTERPRETED_TOKENS
     ]
-    cases = [dataclasses.replace(reduced, shape=shape) for shape in shapes] + [reduced]
-    return tuple(Check(shape=case.shape, report=_interpreted(case, config)) for case in cases)
+    interpreted = _interpreted_gradients if backward else _interpreted
+    cases = [_at(reduced, shape) for shape in shapes] + [reduced]
+    return tuple(Check(shape=case.shape, report=interpreted(case, config)) for case in cases)
+
+
+def _at(problem: Problem, shape: Shape) -> Problem:
+    return dataclasses.replace(problem, shape=shape)
 
 
 def _awkward(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
-    if not isinstance(config, TritonForwardConfig):
-        raise ConfigError(f"no check for template {config.template!r}; known: {TritonForwardConfig.template}")
-    shapes = awkward_shapes(problem, config.block_m, config.block_n)
+    if isinstance(config, TritonForwardConfig):
+        tiles = [(config.block_m, config.block_n)]
+    elif isinstance(config, TritonBackwardConfig):
+        tiles = [(config.block_m1, config.block_n1)]
+        tiles += [(config.block_m2, config.block_n2)] if config.dq == "kernel" else []
+    else:
+        known = f"{TritonForwardConfig.template}, {TritonBackwardConfig.template}"
+        raise ConfigError(f"no check for template {config.template!r}; known: {known}")
+    shapes = dict.fromkeys(shape for tile in tiles for shape in awkward_shapes(problem, *tile))
     # Without keys nothing is launched.
     return tuple(shape for shape in shapes if shape.seqlen_k)
 
@@ -83,9 +107,38 @@ def _launched(problem: Problem, selection: Selection, device: torch.device) -> A
     config, target = selection.config, selection.target
     compiled = compile_kernel(render(spec, config), spec, config, target)
     bind_forward(problem, config, compiled, extras, tensors)()
-    few = shape.batch * shape.nheads_q * shape.seqlen_q * shape.seqlen_k > _MAX_CHECKED_SCORES
-    heads = sampled_heads(shape.batch, shape.nheads_q, _CHECKED_HEADS, seed=0) if few else None
-    return Oracle(q, k, v, spec=spec, extras=extras, heads=heads).judge(out, lse)
+    return Oracle(q, k, v, spec=spec, extras=extras, heads=_few(shape, _CHECKED_HEADS)).judge(out, lse)
+
+
+def _few(shape: Shape, limit: int, *, kv: bool = False) -> tuple[tuple[int, int], ...] | None:
+    """Return the (batch entry, head) pairs to check by, query or key/value heads; None, which is all, if cheap."""
+    if shape.batch * shape.nheads_q * shape.seqlen_q * shape.seqlen_k <= _MAX_CHECKED_SCORES:
+        return None
+    return sampled_heads(shape.batch, shape.nheads_kv if kv else shape.nheads_q, limit, seed=0)
+
+
+def _launched_gradients(
+    problem: Problem, selection: Selection, device: torch.device, lse_gradient: bool
+) -> AccuracyReport:
+    heads = _few(problem.shape, _CHECKED_KV_HEADS, kv=True)
+    case = _gradient_case(problem, device, lse_gradient)
+    run, gradients = case.bind(selection)
+    run()
+    report = case.oracle(heads).judge(gradients)
+    if not report.ok or not problem.spec.deterministic:
+        return report
+    run_again, again = case.bind(selection)
+    run_again()
+    pairs = ((gradients.dq, again.dq), (gradients.dk, again.dk), (gradients.dv, again.dv))
+    if all(torch.equal(first, second) for first, second in pairs):
+        return report
+    return dataclasses.replace(report, ok=False, reason="two runs of a deterministic pass differ in their bits")
+
+
+def _gradient_case(problem: Problem, device: torch.device, lse_gradient: bool) -> GradientCase:
+    q, k, v = random_inputs(problem, device=device, seed=0)
+    extras = random_extras(problem, device=device, seed=0)
+    return GradientCase.of(problem, q, k, v, extras, lse_gradient=lse_gradient)
 
 
 def _interpreted(problem: Problem, config: KernelConfig) -> AccuracyReport:
@@ -93,3 +146,8 @@ def _interpreted(problem: Problem, config: KernelConfig) -> AccuracyReport:
     extras = random_extras(problem, device="cpu", seed=0)
     out, lse = interpret_forward(q, k, v, problem=problem, config=config, extras=extras)
     return accuracy_error(out, lse, q, k, v, spec=problem.spec, extras=extras)
+
+
+def _interpreted_gradients(problem: Problem, config: KernelConfig) -> AccuracyReport:
+    case = _gradient_case(problem, torch.device("cpu"), lse_gradient=True)
+    return case.oracle().judge(case.interpret(config))

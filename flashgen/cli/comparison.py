@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashgen.cli.gradients import GradientCase
 from flashgen.codegen import KernelConfig, render
 from flashgen.compile import compile_kernel
 from flashgen.dispatch import Selection
@@ -17,6 +18,7 @@ from flashgen.launch import Operands, allocate_outputs, bind_forward, detect_tar
 from flashgen.measure import (
     AccuracyReport,
     Clock,
+    Gradients,
     Oracle,
     Timing,
     benchmark,
@@ -26,6 +28,7 @@ from flashgen.measure import (
     random_inputs,
     sampled_heads,
 )
+from flashgen.measure.autograd_calls import Run
 from flashgen.measure.peers import Peer
 from flashgen.ops import attention
 from flashgen.ops.call import Options, Tensors, decode_config, encode_config
@@ -39,8 +42,9 @@ OURS = "flashgen"
 
 _ROUNDS = 5
 _CHECKED_HEADS = 4
+_CHECKED_KV_HEADS = 2
 
-Run = Callable[[], Tensor]
+Judge = Callable[[tuple[Tensor, ...]], AccuracyReport]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,9 @@ def compare(
     target = detect_target(device) if device.type == "cuda" else INTERPRETED_AS
     operands = operands_of(q, k, v, problem, options.layout) if device.type == "cuda" else None
     selection = choose(problem, target, options, operands)
-    calls: dict[str, Run] = {OURS: lambda: run_problem(q, k, v, problem, extras, config=text, registry=path)[0]}
+    backward = problem.spec.phase == "backward"
+    ours, judge = _gradients(selection, q, k, v, extras) if backward else _forward(problem, q, k, v, extras, options)
+    calls = {OURS: ours}
     absent: dict[str, str] = {}
     for peer in peers:
         run = peer.make(q, k, v, problem, extras)
@@ -103,7 +109,7 @@ def compare(
             absent[peer.name] = run
         else:
             calls[peer.name] = run
-    accuracy = _judge(problem, extras, calls, q, k, v)
+    accuracy = {name: judge(run()) for name, run in calls.items()}
     for name, report in accuracy.items():
         if not report.ok:
             absent[name] = f"wrong result: {report.reason}"
@@ -115,7 +121,7 @@ def compare(
         timings=benchmark(calls, clock=clock, rounds=_ROUNDS, target_ms=target_ms) if calls else {},
         accuracy=accuracy,
         absent=absent,
-        host_us=_host_costs(selection, calls, q, k, v, options) if host else {},
+        host_us=_host_us(selection, calls, q, k, v, options) if host else {},
     )
 
 
@@ -127,12 +133,42 @@ def _useful_flops(problem: Problem, extras: Extras) -> int:
     return problem.flops_of(count_visible(spec, problem.shape, extras))
 
 
-def _judge(
-    problem: Problem, extras: Extras, calls: dict[str, Run], q: Tensor, k: Tensor, v: Tensor
-) -> dict[str, AccuracyReport]:
+def _forward(problem: Problem, q: Tensor, k: Tensor, v: Tensor, extras: Extras, options: Options) -> tuple[Run, Judge]:
+    """Return flashgen's call, and what judges any call's output."""
     heads = sampled_heads(problem.shape.batch, problem.shape.nheads_q, _CHECKED_HEADS, seed=0)
     oracle = Oracle(q, k, v, spec=problem.spec, extras=extras, heads=heads)
-    return {name: oracle.judge(run(), None) for name, run in calls.items()}
+
+    def run() -> tuple[Tensor, ...]:
+        return run_problem(q, k, v, problem, extras, config=options.config, registry=options.registry)[:1]
+
+    return run, lambda outputs: oracle.judge(outputs[0], None)
+
+
+def _gradients(selection: Selection, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> tuple[Run, Judge]:
+    """Return flashgen's backward pass alone, and what judges any call's gradients."""
+    problem = selection.problem
+    case = GradientCase.of(problem, q, k, v, extras, lse_gradient=False)
+    launch, filled = case.bind(selection)
+    oracle = case.oracle(sampled_heads(problem.shape.batch, problem.shape.nheads_kv, _CHECKED_KV_HEADS, seed=0))
+
+    def run() -> tuple[Tensor, ...]:
+        launch()
+        return filled.dq, filled.dk, filled.dv
+
+    def judge(gradients: tuple[Tensor, ...]) -> AccuracyReport:
+        dq, dk, dv = gradients
+        # No peer computes dbias: where there is one, it is flashgen's.
+        return oracle.judge(Gradients(dq=dq, dk=dk, dv=dv, dbias=filled.dbias))
+
+    return run, judge
+
+
+def _host_us(
+    selection: Selection, calls: dict[str, Run], q: Tensor, k: Tensor, v: Tensor, options: Options
+) -> dict[str, float]:
+    if selection.problem.spec.phase == "backward":
+        return {name: host_time_us(call) for name, call in calls.items()}
+    return _host_costs(selection, calls, q, k, v, options)
 
 
 def _host_costs(
@@ -158,9 +194,10 @@ def _host_costs(
     body_us = host_time_us(lambda: forward(q, k, v, side, options))
     operands = Operands.of(tensors)
     config, registry = decode_config(options.config), options.registry or None
-    calls = {**calls, OURS: lambda: attention(q, k, v, mask=spec.mask, config=config, registry=registry)}
+    called: dict[str, Callable[[], object]] = dict(calls)
+    called[OURS] = lambda: attention(q, k, v, mask=spec.mask, config=config, registry=registry)
     return {
-        **{name: host_time_us(call) for name, call in calls.items()},
+        **{name: host_time_us(call) for name, call in called.items()},
         "raw launch of the same kernel": host_time_us(raw),
         "finding the choice again": max(0.0, body_us - bound_us),
         "choosing a kernel": host_time_us(lambda: choose(problem, selection.target, options, operands)),

@@ -40,7 +40,7 @@ def compile_kernels(
     model: options.Model = None,
     preset: options.Preset = None,
     shape: options.Shapes = None,
-    phase: options.Phase = "forward",
+    phase: options.Phase = None,
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
     device: options.Device = None,
     target: Targets = None,
@@ -51,11 +51,12 @@ def compile_kernels(
 ) -> None:
     """Compile for any GPU, without having one.
 
-    Shows the registers, spills and shared memory of the kernels that would run there.
+    Shows the registers, spills and shared memory of the kernels that would run there, a line for each that is launched:
+    the gradients take two or three.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     targets = _targets(device, target)
-    loaded, chosen = load_registry(registry), parse_config(config)
+    loaded, chosen = load_registry(registry), parse_config(config, problems)
     results = [
         _compile(selection, out) for each in targets for selection in select_all(problems, each, loaded, config=chosen)
     ]
@@ -63,7 +64,8 @@ def compile_kernels(
         print_json({"kernels": [result.document() for result in results]})
     else:
         numeric = ("registers", "spill bytes", "smem bytes", "binary bytes", "s")
-        print_table(("problem", "target", "config", *numeric), [result.row() for result in results], numeric=numeric)
+        columns = ("problem", "target", "config", "kernel", *numeric)
+        print_table(columns, [row for result in results for row in result.rows()], numeric=numeric)
 
 
 def _targets(device: str | None, names: list[str] | None) -> tuple[GpuTarget, ...]:
@@ -82,20 +84,34 @@ class _Result:
     seconds: float
     files: tuple[Path, ...]
 
-    def row(self) -> tuple[str, ...]:
-        used = self.compiled.resources
-        numbers = (used.registers, used.spills, used.smem_bytes, len(self.compiled.handle.kernel))
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a row for each entry point; the seconds are those of all together."""
         place = (str(self.selection.problem), str(self.selection.target), short_config(self.selection.config))
-        return (*place, *map(str, numbers), f"{self.seconds:.2f}")
+        rows: list[tuple[str, ...]] = []
+        for entry in self.compiled.entries:
+            used = entry.resources
+            numbers = (used.registers, used.spills, used.smem_bytes, len(entry.handle.kernel))
+            rows.append((*place, entry.name, *map(str, numbers), "" if rows else f"{self.seconds:.2f}"))
+        return rows
 
     def document(self) -> dict[str, object]:
+        entries = [
+            {
+                "entry_point": entry.name,
+                **dataclasses.asdict(entry.resources),
+                "binary_bytes": len(entry.handle.kernel),
+            }
+            for entry in self.compiled.entries
+        ]
         return {
             "problem": str(self.selection.problem),
             "device": self.selection.target.device_name,
             "arch": self.selection.target.arch,
             "config": self.selection.config.as_dict(),
+            # The most that any of the entry points takes.
             **dataclasses.asdict(self.compiled.resources),
-            "binary_bytes": len(self.compiled.handle.kernel),
+            "binary_bytes": sum(len(entry.handle.kernel) for entry in self.compiled.entries),
+            "entries": entries,
             "binary_hash": self.compiled.binary_hash,
             "seconds": round(self.seconds, 3),
             "files": [str(path) for path in self.files],
@@ -119,19 +135,20 @@ _BINARY = {"cuda": "cubin", "hip": "hsaco"}
 
 
 def _write(folder: Path, rendered: RenderedKernel, compiled: CompiledKernel, target: GpuTarget) -> tuple[Path, ...]:
-    """Write the binary, the assembly and the source of one kernel, and return the files."""
-    stem = f"{rendered.entry_point}_{rendered.digest}_{target.arch}_{compiled.binary_hash}"
+    """Write the binary and the assembly of each entry point and the source of all, and return the files."""
     assembly, binary = _ASSEMBLY[target.backend], _BINARY[target.backend]
-    contents = {
-        f"{stem}.{binary}": compiled.handle.kernel,
-        f"{stem}.{assembly}": compiled.handle.asm[assembly].encode(),
-        f"{rendered.entry_point}_{rendered.digest}.py": rendered.source.encode(),
-    }
+    stems = [f"{entry.name}_{rendered.digest}_{target.arch}_{compiled.binary_hash}" for entry in compiled.entries]
+    contents: dict[str, bytes] = {}
+    for stem, entry in zip(stems, compiled.entries, strict=True):
+        contents[f"{stem}.{binary}"] = entry.handle.kernel
+        contents[f"{stem}.{assembly}"] = entry.handle.asm[assembly].encode()
+    contents[f"{rendered.entry_point}_{rendered.digest}.py"] = rendered.source.encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             (folder / name).write_bytes(content)
     except OSError as error:
         raise FlashgenError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    note(f"wrote {folder / stem}.{binary}, .{assembly} and the source")
+    for stem in stems:
+        note(f"wrote {folder / stem}.{binary}, .{assembly} and the source")
     return tuple(folder / name for name in contents)

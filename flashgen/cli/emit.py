@@ -28,7 +28,7 @@ def emit(
     model: options.Model = None,
     preset: options.Preset = None,
     shape: options.Shapes = None,
-    phase: options.Phase = "forward",
+    phase: options.Phase = None,
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
     device: options.Device = None,
     target: options.Target = None,
@@ -40,7 +40,7 @@ def emit(
     """Print the source of the kernel that would run."""
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     selections = select_all(
-        problems, resolve_target(device, target), load_registry(registry), config=parse_config(config)
+        problems, resolve_target(device, target), load_registry(registry), config=parse_config(config, problems)
     )
     kernels: dict[RenderedKernel, None] = dict.fromkeys(render(s.problem.spec, s.config) for s in selections)
     if len(kernels) > 1:

@@ -18,7 +18,7 @@ def explain(
     model: options.Model = None,
     preset: options.Preset = None,
     shape: options.Shapes = None,
-    phase: options.Phase = "forward",
+    phase: options.Phase = None,
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
     device: options.Device = None,
     target: options.Target = None,

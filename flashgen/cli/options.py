@@ -23,11 +23,18 @@ Shapes = typing.Annotated[
         "--shape",
         metavar="TEXT",
         help='A problem, e.g. "b=4 hq=32 hkv=8 s=4096 d=128 causal bf16"; repeatable. Masks: causal, '
-        "sliding_window(127,0), prefix_lm(1024), causal&document, ...; features: softcap, alibi, varlen, ...",
+        "sliding_window(127,0), prefix_lm(1024), causal&document, ...; features: softcap, alibi, varlen, ...; "
+        "deterministic gradients: deterministic.",
     ),
 ]
 Phase = typing.Annotated[
-    str, typer.Option("--phase", metavar="LIST", help="Phases, separated by commas; this version has: forward.")
+    str | None,
+    typer.Option(
+        "--phase",
+        metavar="LIST",
+        help="forward, backward, or forward,backward: a training step, whose forward also writes lse. A --shape that "
+        "names its phase keeps it. Default: what a problem says, and forward where it says nothing.",
+    ),
 ]
 Seqlens = typing.Annotated[
     str, typer.Option("--seqlen", metavar="LIST", help="Sequence lengths for --model, separated by commas.")
@@ -45,7 +52,9 @@ Registry = typing.Annotated[
 Config = typing.Annotated[
     str | None,
     typer.Option(
-        "--config", metavar="TEXT", help='This config, e.g. "block_m=128 block_n=64 num_warps=8 num_stages=2".'
+        "--config",
+        metavar="TEXT",
+        help='This config, e.g. "block_m=128 block_n=64 num_warps=8 num_stages=2"; for problems of one phase.',
     ),
 ]
 Json = typing.Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -42,7 +42,7 @@ def tune(
     model: options.Model = None,
     preset: options.Preset = None,
     shape: options.Shapes = None,
-    phase: options.Phase = "forward",
+    phase: options.Phase = None,
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
     device: options.Device = None,
     target: options.Target = None,
@@ -57,7 +57,8 @@ def tune(
     """Search the best configs and write the registry.
 
     Every candidate is compiled, checked against float64 and timed; Ctrl-C keeps the best so far, and the same command
-    goes on. Without a GPU a model ranks the candidates, and the entries are marked as predicted.
+    goes on. Without a GPU a model ranks the candidates, and the entries are marked as predicted. A training step
+    (--phase forward,backward) is fastest where each phase is: they share no kernel, so each is searched on its own.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     budget_s = None if budget is None else parse_seconds(budget)

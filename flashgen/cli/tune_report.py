@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 from flashgen.cli.configs import short_config
 from flashgen.cli.output import note, print_table, ratio
+from flashgen.cli.problems import training_steps
 from flashgen.measure import Rejected
 from flashgen.tuning.events import ProblemResult, TuneReport
 
 
 def print_report(report: TuneReport) -> None:
-    """Print a line for each problem, the notes, and where the entries were written."""
+    """Print a line for each problem and each training step, the notes, and where the entries were written."""
     if report.results:
         numeric = ("us", "TFLOP/s", "s")
         columns = ("problem", "winner", "us", "TFLOP/s", "origin", "beside", "trials", "s")
         print_table(columns, [_row(result) for result in report.results], numeric=numeric)
+    steps = _training_steps(report)
+    if steps:
+        rows = [(step.problem, f"{step.us:g}", _beside(step.baselines, step.us)) for step in steps]
+        print_table(("training step", "us", "beside"), rows, numeric=("us",))
     for result in report.results:
         if result.note:
             note(f"{result.problem}: {result.note}")
@@ -36,19 +42,47 @@ def _row(result: ProblemResult) -> tuple[str, ...]:
         return (str(result.problem), "none", "-", "-", "-", "-", trials_text(result), wall)
     performance = entry.performance
     tied = f" (tied with {len(result.tied)})" if result.tied else ""
-    beside = ", ".join(
-        f"{name} {us:.1f} us {ratio(us, performance.median_us)}" for name, us in result.baselines.items()
-    )
     return (
         str(result.problem),
         short_config(entry.config) + tied,
         f"{performance.median_us:g}",
         entry.tflops_text,
         entry.origin,
-        beside or "-",
+        _beside(result.baselines, performance.median_us),
         trials_text(result),
         wall,
     )
+
+
+def _beside(baselines: dict[str, float], us: float) -> str:
+    return ", ".join(f"{name} {beside:.1f} us {ratio(beside, us)}" for name, beside in baselines.items()) or "-"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainingStep:
+    """The sums of the forward and the backward phase of one problem; baselines that ran both."""
+
+    problem: str
+    us: float
+    baselines: dict[str, float]
+
+    def document(self) -> dict[str, object]:
+        return {"problem": self.problem, "us": self.us, "baselines_us": self.baselines}
+
+
+def _training_steps(report: TuneReport) -> list[_TrainingStep]:
+    """Return the training step of each problem of which both phases were tuned."""
+    found = {result.problem: result for result in report.results}
+    steps = []
+    for forward, backward in training_steps(found):
+        results = found[forward], found[backward]
+        entries = [result.entry for result in results if result.entry is not None]
+        if len(entries) == len(results):
+            first, second = (result.baselines for result in results)
+            us = sum(entry.performance.median_us for entry in entries)
+            sums = {name: first[name] + second[name] for name in first if name in second}
+            steps.append(_TrainingStep(problem=str(backward), us=us, baselines=sums))
+    return steps
 
 
 def trials_text(result: ProblemResult) -> str:
@@ -67,6 +101,7 @@ def report_document(report: TuneReport) -> dict[str, object]:
         "files": [str(path) for path in report.files],
         "wall_s": round(report.wall_s, 1),
         "results": [_result_document(result) for result in report.results],
+        "training_steps": [step.document() for step in _training_steps(report)],
     }
 
 

@@ -25,7 +25,7 @@ def verify(
     model: options.Model = None,
     preset: options.Preset = None,
     shape: options.Shapes = None,
-    phase: options.Phase = "forward",
+    phase: options.Phase = None,
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
     device: options.Device = None,
     target: options.Target = None,
@@ -40,7 +40,7 @@ def verify(
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     resolved = resolve_target(device, target)
-    selections = select_all(problems, resolved, load_registry(registry), config=parse_config(config))
+    selections = select_all(problems, resolved, load_registry(registry), config=parse_config(config, problems))
     # A named target is not here, so its kernels run in the interpreter.
     gpu = gpu_device(device) if target is None else None
     from flashgen.cli.checking import check_interpreted, check_on_gpu

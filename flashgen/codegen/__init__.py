@@ -8,14 +8,17 @@ from flashgen.codegen.config import (
     TritonForwardConfig,
     config_from_dict,
 )
+from flashgen.codegen.entry import EntryPlan
+from flashgen.codegen.kernel_plan import KernelPlan
 from flashgen.codegen.kernel_resources import KernelResources
-from flashgen.codegen.plan import ForwardPlan, constant_values, make_plan
+from flashgen.codegen.plan import constant_values, make_plan
 from flashgen.codegen.render import RenderedKernel, code_digest, is_current, render
 from flashgen.codegen.signature import capture_pointers
 
 __all__ = [
-    "ForwardPlan",
+    "EntryPlan",
     "KernelConfig",
+    "KernelPlan",
     "KernelResources",
     "LaunchOptions",
     "RenderedKernel",

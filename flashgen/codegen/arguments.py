@@ -4,9 +4,9 @@
 |---|---|---|
 | `*_ptr` | a tensor | pointer, to the element type that the plan names, else that of Q |
 | `*_desc` | a tensor descriptor | of the element type of Q |
-| `stride_*` | a stride of Q, K, V or out, in elements, a multiple of 8 | int64 |
+| `stride_*` | a stride of Q, K, V, out or a gradient, in elements, a multiple of 8 | int64 |
 | `step_*` | a stride of any other tensor | int64 |
-| `qk_scale`, `softcap`, `dropout_scale` | factors | float32 |
+| `qk_scale`, `softmax_scale`, `softcap`, `dropout_scale` | factors | float32 |
 | `dropout_threshold` | random numbers below it drop a probability | uint32 |
 | everything else | sizes and numbers of masks | int32 |
 """
@@ -19,7 +19,7 @@ from flashgen.spec import AttentionSpec, DType
 
 ArgumentKind = typing.Literal["pointer", "descriptor", "stride", "step", "float", "uint", "int"]
 
-_FLOATS = frozenset({"qk_scale", "softcap", "dropout_scale"})
+_FLOATS = frozenset({"qk_scale", "softmax_scale", "softcap", "dropout_scale"})
 _TRITON_TYPES = {
     "float16": "fp16",
     "bfloat16": "bf16",
@@ -68,12 +68,14 @@ def scalar_type(kind: ArgumentKind) -> str:
 def side_pointer_types(spec: AttentionSpec) -> dict[str, str]:
     """Return the element types behind the pointers that are not to Q, K or V, for every feature there is."""
     bias = {"input": element_type(spec.dtype.out), "fp32": "fp32", "bool": "i1", "none": "fp32"}[spec.bias]
-    floats = ("lse_ptr", "alibi_ptr", "sinks_ptr", "q_descale_ptr", "k_descale_ptr", "v_descale_ptr")
+    rows = ("lse_ptr", "lse2_ptr", "delta_ptr")
+    floats = (*rows, "alibi_ptr", "sinks_ptr", "q_descale_ptr", "k_descale_ptr", "v_descale_ptr")
     ints = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_q_ptr", "seqused_k_ptr")
     tiles = ("tile_start_ptr", "tile_full_ptr", "tile_index_ptr")
+    row_tiles = ("row_start_ptr", "row_full_ptr", "row_index_ptr", "turn_ptr")
     return {
         **dict.fromkeys(floats, "fp32"),
-        **dict.fromkeys((*ints, *tiles), "i32"),
+        **dict.fromkeys((*ints, *tiles, *row_tiles), "i32"),
         "bias_ptr": bias,
         "rng_ptr": "i64",
         "out_ptr": element_type(spec.dtype.out),

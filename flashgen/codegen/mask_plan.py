@@ -27,7 +27,8 @@ class LeafPlan:
     Attributes:
         mask: the leaf, with neutral numbers.
         function: name of its device function.
-        bounds: name of the one that bounds the keys of a tile.
+        bounds: name of the one that bounds the keys of a tile of queries.
+        rows: name of the one that bounds the queries of a tile of keys.
         name: what its result is called.
         numbers: its run-time numbers, by the names they have in the kernel.
         arguments: everything its function takes beyond positions and lengths.
@@ -37,6 +38,7 @@ class LeafPlan:
     mask: Mask
     function: str
     bounds: str
+    rows: str
     name: str
     numbers: tuple[str, ...]
     arguments: tuple[str, ...]
@@ -160,6 +162,7 @@ def _leaves(mask: Mask) -> Iterator[LeafPlan]:
             mask=leaf.structure(),
             function="mask_mod" if alone else f"mask_{leaf.kind}{suffix}",
             bounds=f"bounds_{leaf.kind}{suffix}",
+            rows=f"rows_{leaf.kind}{suffix}",
             name=f"{leaf.kind}{suffix}",
             numbers=numbers,
             arguments=(*numbers, *captured),

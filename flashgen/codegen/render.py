@@ -10,7 +10,8 @@ import hashlib
 import jinja2
 
 from flashgen.codegen.config import KernelConfig
-from flashgen.codegen.plan import ForwardPlan, make_plan
+from flashgen.codegen.kernel_plan import KernelPlan
+from flashgen.codegen.plan import make_plan
 from flashgen.resources import resource_dir
 from flashgen.spec import AttentionSpec
 
@@ -29,7 +30,7 @@ class RenderedKernel:
     source: str
     entry_point: str
     digest: str
-    plan: ForwardPlan
+    plan: KernelPlan
 
 
 def render(spec: AttentionSpec, config: KernelConfig) -> RenderedKernel:
@@ -47,7 +48,7 @@ def is_current(spec: AttentionSpec, config: KernelConfig, digest: str) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _render(plan: ForwardPlan) -> RenderedKernel:
+def _render(plan: KernelPlan) -> RenderedKernel:
     template = _environment().get_template(f"{plan.template}.py.jinja")
     source = template.render(spec=plan.spec, plan=plan)
     return RenderedKernel(source=source, entry_point=plan.entry_point, digest=code_digest(source), plan=plan)

@@ -54,14 +54,14 @@ def kernel_arguments(
         "group",
         *(("max_seqlen_q",) if spec.varlen else ("SEQLEN_Q", "SEQLEN_K")),
         "head_group",
-        *_side_arguments(spec),
+        *side_arguments(spec),
         *(("tile_start_ptr", "tile_full_ptr", "tile_index_ptr") if mask.table else ()),
         *score,
         *mask.arguments,
     )
 
 
-def _side_arguments(spec: AttentionSpec) -> tuple[str, ...]:
+def side_arguments(spec: AttentionSpec) -> tuple[str, ...]:
     """Return the arguments of the features, in the order of `AttentionSpec`."""
     bias_steps = ("step_bz", "step_bh", "step_bm", *(() if spec.bias_aligned else ("step_bn",)))
     descales = ("q_descale_ptr", "k_descale_ptr", "v_descale_ptr")

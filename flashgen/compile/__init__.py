@@ -4,9 +4,10 @@ from flashgen.compile.binary import amdgcn_resources, cubin_resources
 from flashgen.compile.compiler import (
     POINTER_ALIGNMENT_BYTES,
     STRIDE_ALIGNMENT,
+    CompiledEntry,
     CompiledKernel,
     compile_kernel,
-    descriptor_block,
+    descriptor_dtype,
     descriptor_operand,
 )
 from flashgen.compile.job import CompileReport, compile_job
@@ -16,12 +17,13 @@ __all__ = [
     "POINTER_ALIGNMENT_BYTES",
     "STRIDE_ALIGNMENT",
     "CompileReport",
+    "CompiledEntry",
     "CompiledKernel",
     "amdgcn_resources",
     "compile_job",
     "compile_kernel",
     "cubin_resources",
-    "descriptor_block",
+    "descriptor_dtype",
     "descriptor_operand",
     "load_kernel",
     "source_path",

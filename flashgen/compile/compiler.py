@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
 from flashgen.codegen import (
-    ForwardPlan,
+    EntryPlan,
     KernelConfig,
     KernelResources,
     RenderedKernel,
@@ -24,7 +24,7 @@ from flashgen.codegen.arguments import element_type, scalar_type
 from flashgen.compile.binary import amdgcn_resources, cubin_resources
 from flashgen.compile.modules import load_kernel
 from flashgen.errors import CompileError
-from flashgen.spec import AttentionSpec
+from flashgen.spec import AttentionSpec, DType
 from flashgen.target import GpuTarget
 
 # What compiled kernels assume of their arguments; who launches them must make sure.
@@ -33,47 +33,77 @@ STRIDE_ALIGNMENT = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompiledKernel:
-    """A kernel built for one target.
+class CompiledEntry:
+    """One entry point built for one target.
 
     Attributes:
+        name: of the `@triton.jit` function.
         handle: Triton's own compiled kernel, which loads itself on first launch.
         constants: values of the compile-time arguments, in the order of the signature.
         resources: what one program takes.
-        binary_hash: equal for configs that compile to the same machine code.
     """
 
+    name: str
     handle: typing.Any
     constants: tuple[int, ...]
     resources: KernelResources
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledKernel:
+    """A rendered module built for one target.
+
+    Attributes:
+        entries: its entry points, in the order of the plan.
+        binary_hash: equal for configs that compile to the same machine code.
+    """
+
+    entries: tuple[CompiledEntry, ...]
     binary_hash: str
+
+    @property
+    def resources(self) -> KernelResources:
+        """The most that any of the entry points takes of each."""
+        return KernelResources(
+            registers=max(entry.resources.registers for entry in self.entries),
+            spills=max(entry.resources.spills for entry in self.entries),
+            smem_bytes=max(entry.resources.smem_bytes for entry in self.entries),
+        )
 
 
 def compile_kernel(
     rendered: RenderedKernel, spec: AttentionSpec, config: KernelConfig, target: GpuTarget
 ) -> CompiledKernel:
-    """Return the kernel compiled for `target`; needs no GPU, and Triton's disk cache makes a second call cheap.
+    """Return the module compiled for `target`; needs no GPU, and Triton's disk cache makes a second call cheap.
 
-    The kernel assumes POINTER_ALIGNMENT_BYTES and STRIDE_ALIGNMENT of whoever launches it.
+    The kernels assume POINTER_ALIGNMENT_BYTES and STRIDE_ALIGNMENT of whoever launches them.
 
     Raises:
         CompileError: with Triton's message. Some inputs make the compiler abort the process instead: candidates
             that nobody has compiled before belong in a worker.
     """
-    kernel = load_kernel(rendered)
-    constants = constant_values(spec, config)
-    plan = rendered.plan
-    signature = {name: _argument_type(name, plan, spec, config) for name in plan.arguments}
-    signature |= dict.fromkeys(plan.constants, "constexpr")
+    entries = tuple(_compile_entry(entry, rendered, spec, config, target) for entry in rendered.plan.entries)
+    binaries = hashlib.sha256(b"".join(entry.handle.kernel for entry in entries))
+    return CompiledKernel(entries=entries, binary_hash=binaries.hexdigest()[:16])
+
+
+def _compile_entry(
+    entry: EntryPlan, rendered: RenderedKernel, spec: AttentionSpec, config: KernelConfig, target: GpuTarget
+) -> CompiledEntry:
+    constants = {name: value for name, value in constant_values(spec, config).items() if name in entry.constants}
+    signature = {name: _argument_type(name, entry, spec, constants) for name in entry.arguments}
+    signature |= dict.fromkeys(entry.constants, "constexpr")
+    launch = config.launch_options(entry.name)
     options: dict[str, object] = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
         # Its default changes between Triton versions.
         "enable_fp_fusion": True,
     }
-    if config.maxnreg:
-        options["maxnreg"] = config.maxnreg
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(plan, spec))
+    if launch.maxnreg:
+        options["maxnreg"] = launch.maxnreg
+    kernel = load_kernel(rendered, entry.name)
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(entry, spec))
     arch: int | str = target.arch if target.backend == "hip" else target.capability
     try:
         # Where the assembler refuses a kernel, Triton prints all of it.
@@ -81,11 +111,11 @@ def compile_kernel(
             handle = triton_compile(source, target=GPUTarget(target.backend, arch, target.warp_size), options=options)
     except Exception as error:
         raise CompileError(f"{config} for {target.arch}: {type(error).__name__}: {error}") from error
-    return CompiledKernel(
+    return CompiledEntry(
+        name=entry.name,
         handle=handle,
-        constants=tuple(constants[name] for name in plan.constants),
+        constants=tuple(constants[name] for name in entry.constants),
         resources=_resources(handle, target),
-        binary_hash=hashlib.sha256(handle.kernel).hexdigest()[:16],
     )
 
 
@@ -95,42 +125,39 @@ def _resources(handle: typing.Any, target: GpuTarget) -> KernelResources:
     return cubin_resources(handle.asm["cubin"], handle.metadata.shared)
 
 
-def _argument_type(name: str, plan: ForwardPlan, spec: AttentionSpec, config: KernelConfig) -> str:
+def _argument_type(name: str, entry: EntryPlan, spec: AttentionSpec, constants: dict[str, int]) -> str:
     kind = argument_kind(name)
-    element = element_type(spec.dtype)
     if kind == "pointer":
-        return f"*{dict(plan.pointer_types).get(name, element)}"
+        return f"*{dict(entry.pointer_types).get(name, element_type(spec.dtype))}"
     if kind == "descriptor":
-        if name.startswith("out"):
-            element = element_type(spec.dtype.out)
-        return f"tensordesc<{element}{list(descriptor_block(name, spec, config))}>"
+        element = element_type(descriptor_dtype(name, spec))
+        return f"tensordesc<{element}{list(entry.box(name, constants))}>"
     return scalar_type(kind)
 
 
-def descriptor_block(name: str, spec: AttentionSpec, config: KernelConfig) -> tuple[int, int, int, int]:
-    """Return the tile that the descriptor argument `name` moves, over [batch, heads, seqlen, head_dim]."""
-    numbers = constant_values(spec, config)
-    operand, suffix = descriptor_operand(name)
-    rows = numbers["BLOCK_M"] if operand in ("q", "out") else numbers["BLOCK_N"]
-    width = numbers[f"BLOCK_D{'QK' if operand in ('q', 'k') else 'V'}{suffix}"]
-    return (1, 1, rows, width)
+def descriptor_dtype(name: str, spec: AttentionSpec) -> DType:
+    """Return the elements behind a descriptor argument."""
+    if name.startswith("dq"):
+        # Added up over key tiles.
+        return DType.FP32
+    return spec.dtype.out if name.startswith("out") else spec.dtype
 
 
-def descriptor_operand(name: str) -> tuple[str, str]:
-    """Return the tensor behind the descriptor argument `name`, and the suffix of its tile of the head dimension."""
-    operand = name.removesuffix("_desc")
-    return operand.removesuffix("_1"), "_1" if operand.endswith("_1") else ""
+def descriptor_operand(name: str) -> str:
+    """Return the tensor behind the descriptor argument `name`."""
+    return name.removesuffix("_desc").removesuffix("_1")
 
 
-_DENSE_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
+_DENSE = ("q", "k", "v", "out", "do", "dq", "dk", "dv")
+_DENSE_POINTERS = frozenset(f"{name}_ptr" for name in _DENSE)
 
 
-def _alignment(plan: ForwardPlan, spec: AttentionSpec) -> dict[tuple[int], list[list[object]]]:
+def _alignment(entry: EntryPlan, spec: AttentionSpec) -> dict[tuple[int], list[list[object]]]:
     # Head dimensions are multiples of 8, so strides of dense tensors are too: enough for 16-byte vectors of fp16.
     # Other tensors are small and may start anywhere; of a bias, the spec knows.
     bias = ("bias_ptr", "step_bz", "step_bh", "step_bm") if spec.bias != "none" and spec.bias_aligned else ()
     divisors: dict[tuple[int], list[list[object]]] = {}
-    for index, name in enumerate(plan.arguments):
+    for index, name in enumerate(entry.arguments):
         if name in _DENSE_POINTERS or (name == "bias_ptr" and bias):
             divisors[(index,)] = [["tt.divisibility", POINTER_ALIGNMENT_BYTES]]
         elif argument_kind(name) == "stride" or name in bias:

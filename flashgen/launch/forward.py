@@ -10,8 +10,8 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashgen.codegen import (
-    ForwardPlan,
     KernelConfig,
+    KernelPlan,
     TritonForwardConfig,
     argument_kind,
     capture_pointers,
@@ -19,12 +19,12 @@ from flashgen.codegen import (
     render,
 )
 from flashgen.codegen.mask_plan import mask_numbers
-from flashgen.compile import CompiledKernel, descriptor_block, descriptor_operand
+from flashgen.compile import CompiledKernel, descriptor_dtype, descriptor_operand
 from flashgen.errors import ConfigError, InputError
-from flashgen.launch.operands import NAMES, Operands
+from flashgen.launch.operands import NAMES, Layout4D, Operands
 from flashgen.launch.side_tensors import TENSOR_NAMES, SideTensors
-from flashgen.launch.tile_table import tile_table
-from flashgen.spec import AttentionSpec, Extras, Problem, Shape
+from flashgen.launch.tile_table import TableShape, TileTable, tile_table
+from flashgen.spec import AttentionSpec, DType, Extras, Problem, Shape
 
 _INT32_MAX = 2**31 - 1
 _LOG2E = math.log2(math.e)
@@ -40,7 +40,7 @@ class ForwardLaunch:
     def __init__(
         self,
         *,
-        plan: ForwardPlan,
+        plan: KernelPlan,
         compiled: CompiledKernel,
         problem: Problem,
         config: KernelConfig,
@@ -49,22 +49,25 @@ class ForwardLaunch:
     ) -> None:
         values = launch_values(problem, config, operands, extras)
         self._grid = grid_size(problem.shape, config)
-        self._handle = compiled.handle
+        entry, built = plan.entries[0], compiled.entries[0]
+        self._handle = built.handle
         self._pointers: list[tuple[int, int]] = []
         self._descriptors: list[tuple[int, int, dict[str, object]]] = []
         self._arguments: list[object] = []
         first = len(TENSOR_NAMES)
         slots = {name: slot for slot, name in enumerate(TENSOR_NAMES)}
         slots |= {name: first + index for index, name in enumerate(SideTensors(plan).names)}
-        for index, name in enumerate(plan.arguments):
+        for index, name in enumerate(entry.arguments):
             kind = argument_kind(name)
             if kind == "pointer":
                 self._pointers.append((index, slots[name.removesuffix("_ptr")]))
             elif kind == "descriptor":
-                fields = descriptor_fields(name, problem.spec, config, operands)
-                self._descriptors.append((index, slots[descriptor_operand(name)[0]], fields))
+                operand = descriptor_operand(name)
+                box = entry.box(name, constant_values(problem.spec, config))
+                fields = descriptor_fields(getattr(operands, operand), descriptor_dtype(name, problem.spec), box)
+                self._descriptors.append((index, slots[operand], fields))
             self._arguments.append(values.get(name))
-        self._arguments.extend(compiled.constants)
+        self._arguments.extend(built.constants)
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         arguments = self._arguments.copy()
@@ -107,9 +110,18 @@ def grid_size(shape: Shape, config: KernelConfig) -> int:
     if not isinstance(config, TritonForwardConfig):
         raise ConfigError(f"no grid for template {config.template!r}; known: {TritonForwardConfig.template}")
     grid = -(-shape.seqlen_q // config.block_m) * shape.batch * shape.nheads_q
-    if max(grid, shape.seqlen_q, shape.seqlen_k) + config.block_m > _INT32_MAX:
-        raise InputError(f"{shape}: seqlens and the number of tiles must stay below 2**31; split the batch")
+    check_sizes(shape, grid, config.block_m)
     return grid
+
+
+def check_sizes(shape: Shape, grid: int, block: int) -> None:
+    """Refuse what 32-bit integers cannot count.
+
+    Raises:
+        InputError: if the number of programs, or a length and a tile, reach 2**31.
+    """
+    if max(grid, shape.seqlen_q, shape.seqlen_k) + block > _INT32_MAX:
+        raise InputError(f"{shape}: seqlens and the number of tiles must stay below 2**31; split the batch")
 
 
 def launch_values(problem: Problem, config: KernelConfig, operands: Operands, extras: Extras) -> dict[str, int | float]:
@@ -157,18 +169,10 @@ def _score_factors(spec: AttentionSpec, extras: Extras) -> dict[str, float]:
     }
 
 
-def descriptor_fields(name: str, spec: AttentionSpec, config: KernelConfig, operands: Operands) -> dict[str, object]:
-    """Return the fields of the `TensorDescriptor` argument `name`, all but its base tensor."""
-    operand = descriptor_operand(name)[0]
-    layout = getattr(operands, operand)
-    dtype = spec.dtype.out if operand == "out" else spec.dtype
-    prototype = TensorDescriptor(
-        torch.empty(0, dtype=getattr(torch, dtype.torch_name)),
-        list(layout.size),
-        list(layout.stride),
-        list(descriptor_block(name, spec, config)),
-    )
-    return dict(prototype.__dict__)
+def descriptor_fields(layout: Layout4D, dtype: DType, box: tuple[int, ...]) -> dict[str, object]:
+    """Return the fields of a `TensorDescriptor` that moves tiles of the size `box`, all but its base tensor."""
+    elements = torch.empty(0, dtype=getattr(torch, dtype.torch_name))
+    return dict(TensorDescriptor(elements, list(layout.size), list(layout.stride), list(box)).__dict__)
 
 
 def bind_forward(
@@ -193,13 +197,13 @@ def bind_forward(
         operands=Operands.of(tensors),
         extras=extras,
     )
-    side = SideTensors(plan)(extras, tile_table(problem, config, extras, tensors["q"].device))
+    side = SideTensors(plan)(extras, forward_table(problem, config, extras, tensors["q"].device))
     q, k, v, out, lse = (tensors.get(name) for name in TENSOR_NAMES)
     return lambda: bound(q, k, v, out, lse, *side)
 
 
 def kernel_arguments(
-    plan: ForwardPlan,
+    plan: KernelPlan,
     problem: Problem,
     config: KernelConfig,
     extras: Extras,
@@ -211,22 +215,33 @@ def kernel_arguments(
         tensors: as for `bind_forward`.
     """
     operands = Operands.of(tensors)
-    table = tile_table(problem, config, extras, tensors["q"].device)
+    table = forward_table(problem, config, extras, tensors["q"].device)
     side = SideTensors(plan)
     given = {**tensors, **dict(zip(side.names, side(extras, table), strict=True))}
     values: dict[str, object] = dict(launch_values(problem, config, operands, extras))
     arguments: dict[str, object] = {}
-    for name in plan.arguments:
+    (entry,) = plan.entries
+    for name in entry.arguments:
         kind = argument_kind(name)
         if kind == "pointer":
             arguments[name] = given[name.removesuffix("_ptr")]
         elif kind == "descriptor":
-            fields = descriptor_fields(name, problem.spec, config, operands)
-            fields["base"] = tensors[descriptor_operand(name)[0]]
+            operand = descriptor_operand(name)
+            box = entry.box(name, constant_values(problem.spec, config))
+            fields = descriptor_fields(getattr(operands, operand), descriptor_dtype(name, problem.spec), box)
+            fields["base"] = tensors[operand]
             arguments[name] = TensorDescriptor(**typing.cast("dict[str, typing.Any]", fields))
         else:
             arguments[name] = values[name]
     return arguments | constant_values(problem.spec, config)
+
+
+def forward_table(problem: Problem, config: KernelConfig, extras: Extras, device: torch.device) -> TileTable | None:
+    """Return the table of key tiles that the forward kernel walks, or None where a formula does; see `tile_table`."""
+    if problem.spec.mask.by_formula or not isinstance(config, TritonForwardConfig):
+        return None
+    tiles = TableShape(block_m=config.block_m, block_n=config.block_n)
+    return tile_table(problem, render(problem.spec, config), tiles, extras, device)
 
 
 def allocate_outputs(q: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -9,7 +9,8 @@ import typing
 
 import numpy as np
 import triton
-from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+from triton._C.libtriton import ir
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from flashgen.errors import UnsupportedError
@@ -46,6 +47,10 @@ def _device_functions_interpreted() -> collections.abc.Iterator[None]:
         return InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
 
     JITFunction.__call__ = interpreted_call
+    # The interpreter knows every use of descriptors but this one.
+    known = "create_descriptor_reduce" in vars(InterpreterBuilder)
+    if not known:
+        InterpreterBuilder.create_descriptor_reduce = _descriptor_reduce
     # Triton restores what it patches in the kernel's own module; its library functions live in another one.
     library = _patch_lang(triton.language.cdiv.fn)
     try:
@@ -53,3 +58,16 @@ def _device_functions_interpreted() -> collections.abc.Iterator[None]:
     finally:
         library.restore()
         JITFunction.__call__ = compiled_call
+        if not known:
+            del InterpreterBuilder.create_descriptor_reduce
+
+
+def _descriptor_reduce(
+    self: typing.Any, kind: object, descriptor: typing.Any, value: typing.Any, offsets: typing.Any
+) -> None:
+    """Add a tile of float32 to memory through a descriptor."""
+    if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD:
+        raise NotImplementedError(f"descriptors reduce by addition only in the interpreter, got {kind}")
+    pointers, mask = descriptor.materialize_pointers(offsets)
+    relaxed, scope = ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU
+    self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, mask, relaxed, scope)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import torch
 
 from flashgen.codegen import KernelConfig, render
 from flashgen.compile import load_kernel
+from flashgen.launch.backward import BackwardCall, entry_arguments, layouts_of
 from flashgen.launch.forward import allocate_outputs, grid_size, kernel_arguments
 from flashgen.launch.interpreted import run_interpreted
 from flashgen.spec import DType, Extras, Problem
@@ -40,6 +42,41 @@ def interpret_forward(
     arguments = kernel_arguments(rendered.plan, problem, config, extras, tensors)
     run_interpreted(load_kernel(rendered), (grid_size(problem.shape, config),), arguments)
     return out, lse
+
+
+def interpret_backward(
+    tensors: typing.Mapping[str, torch.Tensor], *, problem: Problem, config: KernelConfig, extras: Extras
+) -> dict[str, torch.Tensor]:
+    """Return dq, dk, dv and, where the spec asks for it, dbias of the kernels that `config` renders to.
+
+    bf16 and tf32 are computed in float32 and rounded at the end; dbias is float32.
+
+    Args:
+        tensors: q, k, v, out, do and lse, and dlse where there is one, as `bind_backward` takes them, on the CPU; and
+            dbias, of any content, where the spec asks for it: its sizes say how the bias is broadcast.
+
+    Raises:
+        UnsupportedError: where this Triton and this NumPy cannot interpret together.
+    """
+    dtype = problem.spec.dtype
+    wide = dict(tensors)
+    if dtype in _WIDENED:
+        wide |= {name: tensors[name].float() for name in ("q", "k", "v", "out", "do")}
+        bias = extras.bias.float() if extras.bias is not None and problem.spec.bias == "input" else extras.bias
+        extras = dataclasses.replace(extras, bias=bias)
+        problem = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, dtype=DType.FP32))
+    gradients = {f"d{name}": torch.empty_like(wide[name]) for name in "qkv"}
+    if "dbias" in tensors:
+        gradients["dbias"] = torch.empty_like(tensors["dbias"])
+    given = {**wide, **gradients}
+    call = BackwardCall(problem, config, extras, layouts_of(given))
+    given = call.with_scratch(given, extras)
+    for entry in call.plan.entries:
+        grid = call.grid(entry)
+        if grid:
+            run_interpreted(load_kernel(call.rendered, entry.name), (grid,), entry_arguments(call, entry, given))
+        call.after(entry.name, given)
+    return {name: t if name == "dbias" else t.to(tensors[name[1:]].dtype) for name, t in gradients.items()}
 
 
 def _interpret_wide(

@@ -12,11 +12,16 @@ from flashgen.measure.cases import (
     Layout,
     awkward_shapes,
     poisoned_empty,
+    poisoned_gradients,
     poisoned_outputs,
     random_inputs,
+    random_lse_gradients,
+    random_output_gradients,
     sampled_heads,
 )
 from flashgen.measure.extras import random_extras
+from flashgen.measure.gradient_accuracy import DELTA_TINY, GradientOracle, gradient_error
+from flashgen.measure.gradients import Gradients, gradient_reference
 from flashgen.measure.outcome import Measurement, Outcome, Rejected, Stage, Timing
 from flashgen.measure.pairs import count_visible
 from flashgen.measure.philox import dropout_keep
@@ -25,6 +30,7 @@ from flashgen.measure.roofline import Floor, Prediction, floor_us, predict_us, t
 
 __all__ = [
     "API_LENGTHS",
+    "DELTA_TINY",
     "LSE_TINY",
     "POISON",
     "TINY",
@@ -32,6 +38,8 @@ __all__ = [
     "Clock",
     "CudaClock",
     "Floor",
+    "GradientOracle",
+    "Gradients",
     "HostClock",
     "Layout",
     "Measurement",
@@ -49,13 +57,18 @@ __all__ = [
     "count_visible",
     "dropout_keep",
     "floor_us",
+    "gradient_error",
+    "gradient_reference",
     "host_time_us",
     "poisoned_empty",
+    "poisoned_gradients",
     "poisoned_outputs",
     "predict_us",
     "quick_time",
     "random_extras",
     "random_inputs",
+    "random_lse_gradients",
+    "random_output_gradients",
     "sampled_heads",
     "tbps",
     "tflops",

@@ -64,6 +64,11 @@ class AccuracyReport:
     reason: str
 
 
+def error_factor(spec: AttentionSpec) -> float:
+    """Return how many times the error of plain PyTorch a kernel's largest error may be."""
+    return max(MAX_FACTOR, SOFTCAP_FACTOR if spec.softcap else 0.0, FP8_FACTOR if spec.dtype is DType.FP8 else 0.0)
+
+
 class Oracle:
     """The right answer for one set of inputs, computed once, against which any number of outputs is judged.
 
@@ -101,9 +106,7 @@ class Oracle:
         if q.dtype != torch_dtype(spec.dtype):
             raise InputError(f"no accuracy rule for {q.dtype} inputs of a {spec.dtype} kernel")
         self._dtype = spec.dtype
-        self._factor = max(
-            MAX_FACTOR, SOFTCAP_FACTOR if spec.softcap else 0.0, FP8_FACTOR if spec.dtype is DType.FP8 else 0.0
-        )
+        self._factor = error_factor(spec)
         self._heads = None if heads is None else tuple(heads)
         self._entries = entries_of(q, k, spec, extras)
         rows = (q.shape[1], q.shape[0]) if spec.varlen else tuple(q.shape[:3])
@@ -125,20 +128,20 @@ class Oracle:
         Raises:
             InputError: if a shape does not belong to the problem.
         """
-        _check_shape("out", out, self._out_shape)
+        check_shape("out", out, self._out_shape)
         if lse is not None:
-            _check_shape("lse", lse, self._lse_shape)
+            check_shape("lse", lse, self._lse_shape)
         if self._heads is not None:
             out, lse = pick_heads(out, lse, self._heads, self._entries)
         ref, ref_lse = self._ref, self._ref_lse
-        tiny, rms_tiny = TINY[self._dtype] * _largest(ref), TINY[self._dtype] * _rms(ref)
-        report = _judge(
+        tiny, rms_tiny = TINY[self._dtype] * largest_of(ref), TINY[self._dtype] * rms_of(ref)
+        report = judge_values(
             "out", out, ref, self._plain, factor=self._factor, tiny=tiny, rms_tiny=rms_tiny, locate=self._locate
         )
         if not report.ok or lse is None:
             return report
-        tiny = LSE_TINY[self._dtype] * max(1.0, _largest(ref_lse))
-        lse_report = _judge(
+        tiny = LSE_TINY[self._dtype] * max(1.0, largest_of(ref_lse))
+        lse_report = judge_values(
             "lse", lse, ref_lse, self._plain_lse, factor=self._factor, tiny=tiny, rms_tiny=tiny, locate=self._locate
         )
         return report if lse_report.ok else lse_report
@@ -147,15 +150,8 @@ class Oracle:
         """Return where an element of what is judged lies, as an index of the whole output or of one of its heads."""
         if self._heads is None:
             return str(list(index))
-        pair, *rest = index
-        if any(entry.varlen for entry in self._entries):
-            lengths = [self._entries[b].rows for b, _ in self._heads]
-            row, pair = pair, 0
-            while row >= lengths[pair]:
-                row, pair = row - lengths[pair], pair + 1
-            rest = [row, *rest]
-        b, h = self._heads[pair]
-        return f"[b={b}, h={h}, {', '.join(map(str, rest))}]"
+        packed = any(entry.varlen for entry in self._entries)
+        return place_in_heads(index, self._heads, [self._entries[b].rows for b, _ in self._heads] if packed else None)
 
 
 def accuracy_error(
@@ -165,12 +161,25 @@ def accuracy_error(
     return Oracle(q, k, v, spec=spec, extras=extras).judge(out, lse)
 
 
-def _check_shape(name: str, got: Tensor, shape: tuple[int, ...]) -> None:
+def place_in_heads(index: tuple[int, ...], heads: Sequence[tuple[int, int]], lengths: Sequence[int] | None) -> str:
+    """Return which row of which head an element of rows taken by `join_heads` is; lengths are those of packed heads."""
+    pair, *rest = index
+    if lengths is not None:
+        row, pair = pair, 0
+        while row >= lengths[pair]:
+            row, pair = row - lengths[pair], pair + 1
+        rest = [row, *rest]
+    b, h = heads[pair]
+    return f"[b={b}, h={h}, {', '.join(map(str, rest))}]"
+
+
+def check_shape(name: str, got: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise InputError if an output has another shape."""
     if tuple(got.shape) != shape:
         raise InputError(f"{name} must be {list(shape)}, got {list(got.shape)}")
 
 
-def _judge(
+def judge_values(
     name: str,
     got: Tensor,
     ref: Tensor,
@@ -181,8 +190,20 @@ def _judge(
     rms_tiny: float,
     locate: Callable[[tuple[int, ...]], str],
 ) -> AccuracyReport:
+    """Return whether the rule holds for one tensor.
+
+    Args:
+        name: what to call it.
+        got: what a kernel wrote.
+        ref: the right values, float64.
+        plain: those of plain PyTorch.
+        factor: how many times the error of plain PyTorch is allowed.
+        tiny: what the largest error may be beyond it.
+        rms_tiny: the root mean square of the errors that always is allowed.
+        locate: says where an index is.
+    """
     plain_error = _finite_difference(plain, ref)
-    allowed = factor * _largest(plain_error) + tiny
+    allowed = factor * largest_of(plain_error) + tiny
     comparable = (got == ref) | (got.isfinite() & ref.isfinite())
     if not comparable.all():
         where = (~comparable).nonzero()
@@ -193,8 +214,8 @@ def _judge(
         )
         return AccuracyReport(max_error=math.inf, allowed_error=allowed, ok=False, reason=reason)
     error = _finite_difference(got, ref)
-    largest = _largest(error)
-    rms, allowed_rms = _rms(error), max(RMS_SHARE * factor * _rms(plain_error), rms_tiny)
+    largest = largest_of(error)
+    rms, allowed_rms = rms_of(error), max(RMS_SHARE * factor * rms_of(plain_error), rms_tiny)
     reason = ""
     if largest > allowed:
         index = _index_of_largest(error)
@@ -220,10 +241,12 @@ def _index_of_largest(values: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.unravel_index(values.argmax(), values.shape))
 
 
-def _largest(values: Tensor) -> float:
+def largest_of(values: Tensor) -> float:
+    """Return the largest absolute value that is finite, 0 if there is none."""
     finite = values[values.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def _rms(values: Tensor) -> float:
+def rms_of(values: Tensor) -> float:
+    """Return the root mean square, 0 of nothing."""
     return float(values.square().mean().sqrt()) if values.numel() else 0.0

@@ -21,6 +21,9 @@ Layout = typing.Literal["bhsd", "bshd"]
 POISON = math.nan
 """What outputs are filled with before a kernel runs: an element that it never writes then fails the accuracy rule."""
 
+# Away from those of inputs and extras, whose numbers those of gradients must not repeat.
+_OUTPUT_GRADIENT_SEED, _LSE_GRADIENT_SEED = 1_000_003, 2_000_003
+
 API_LENGTHS: tuple[tuple[int, int], ...] = (
     (1, 1),
     (3, 3),
@@ -104,6 +107,38 @@ def random_inputs(
     )
 
 
+def random_output_gradients(
+    problem: Problem, *, device: torch.device | str, seed: int, layout: Layout = "bhsd"
+) -> Tensor:
+    """Return a normal random dout, laid out as `poisoned_outputs` lays out out.
+
+    Args:
+        problem: gives sizes and dtype.
+        device: where it is made.
+        seed: the same seed gives the same numbers, other ones than those of `random_inputs`.
+        layout: order in memory, unless it is packed.
+    """
+    spec, shape = problem.spec, problem.shape
+    if spec.varlen:
+        sizes: tuple[int, ...] = (token_counts(problem)[0], shape.nheads_q, spec.head_dim_v)
+    else:
+        sizes = _memory_order((shape.batch, shape.nheads_q, shape.seqlen_q, spec.head_dim_v), layout)
+    generator = torch.Generator(device=device).manual_seed(seed + _OUTPUT_GRADIENT_SEED)
+    dout = torch.randn(sizes, generator=generator, device=device, dtype=torch_dtype(spec.dtype.out))
+    return dout if spec.varlen else _logical_view(dout, layout)
+
+
+def random_lse_gradients(problem: Problem, *, device: torch.device | str, seed: int) -> Tensor:
+    """Return a normal random float32 dlse, [batch, nheads_q, seqlen_q] or packed [nheads_q, tokens_q]."""
+    shape = problem.shape
+    if problem.spec.varlen:
+        rows: tuple[int, ...] = (shape.nheads_q, token_counts(problem)[0])
+    else:
+        rows = (shape.batch, shape.nheads_q, shape.seqlen_q)
+    generator = torch.Generator(device=device).manual_seed(seed + _LSE_GRADIENT_SEED)
+    return torch.randn(rows, generator=generator, device=device)
+
+
 def token_counts(problem: Problem) -> tuple[int, int]:
     """Return how many query and key rows all batch entries have together."""
     lengths = problem.lengths()
@@ -134,6 +169,26 @@ def poisoned_outputs(
         rows = (shape.batch, shape.nheads_q, shape.seqlen_q)
         out = poisoned_empty((*rows, spec.head_dim_v), dtype, device, layout=layout)
     return out, poisoned_empty(rows, torch.float32, device) if spec.lse else None
+
+
+def poisoned_gradients(
+    problem: Problem, *, device: torch.device | str, layout: Layout = "bhsd"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv of NaN for a kernel to fill, of the shapes, dtype and layout of `random_inputs`."""
+    spec, shape = problem.spec, problem.shape
+    tokens_q, tokens_k = token_counts(problem)
+
+    def poisoned(heads: int, seqlen: int, tokens: int, head_dim: int) -> Tensor:
+        dtype = torch_dtype(spec.dtype)
+        if spec.varlen:
+            return poisoned_empty((tokens, heads, head_dim), dtype, device)
+        return poisoned_empty((shape.batch, heads, seqlen, head_dim), dtype, device, layout=layout)
+
+    return (
+        poisoned(shape.nheads_q, shape.seqlen_q, tokens_q, spec.head_dim_qk),
+        poisoned(shape.nheads_kv, shape.seqlen_k, tokens_k, spec.head_dim_qk),
+        poisoned(shape.nheads_kv, shape.seqlen_k, tokens_k, spec.head_dim_v),
+    )
 
 
 def poisoned_empty(

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from flashgen.measure.autograd_calls import Attend, Run, bind_attend
 from flashgen.measure.flex_mods import flex_mask_mod, flex_score_mod
 from flashgen.spec import AttentionSpec, Causal, DType, Extras, Full, Problem
 from flashgen.spec.masks import SlidingWindow
 
-Run = Callable[[], Tensor]
 Make = Callable[[Tensor, Tensor, Tensor, Problem, Extras], "Run | str"]
 
 
@@ -30,20 +30,25 @@ class Peer:
     Attributes:
         name: short name, as on the command line.
         make: takes q, k, v [batch, heads, seqlen, head_dim], their problem and what else the call gives, tries one
-            call, and returns a call without arguments that gives out [batch, nheads_q, seqlen_q, head_dim_v], or the
-            reason why this peer cannot run the problem. Its other device work (a block mask) is done in `make`.
+            call, and returns a call without arguments that gives (out,), [batch, nheads_q, seqlen_q, head_dim_v], or of
+            a backward problem (dq, dk, dv), like q, k and v; or the reason why this peer cannot run the problem. Its
+            other device work (a block mask, the forward before a backward pass) is done in `make`. A deterministic
+            problem is run twice, and refused where the bits differ.
     """
 
     name: str
     make: Make
 
 
-def _tried(name: str, run: Run) -> Run | str:
-    """Return `run` if one call of it works, else why not, with what the peer warned about."""
+def _tried(name: str, attend: Attend, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run | str:
+    """Return a call of what the problem asks for if it works, else why not, with what the peer warned about."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            run()
+            run = bind_attend(attend, q, k, v, problem)
+            first = run()
+            if problem.spec.deterministic and not all(map(torch.equal, first, run())):
+                return f"{name} is not deterministic: two runs differ in their bits"
             torch.cuda.synchronize()
         # A peer is foreign code: whatever it raises is a reason, and the comparison goes on without it.
         except Exception as error:
@@ -64,7 +69,7 @@ def _needs_gpu(name: str, q: Tensor) -> str | None:
 
 def _plain_spec(name: str, spec: AttentionSpec) -> str | None:
     """Return what of a spec is beyond a dtype, head dimensions and a mask."""
-    beyond = [*spec.features, *(["score_mod"] if spec.score_mod else [])]
+    beyond = [word for word in spec.features if word != "deterministic"] + ["score_mod"] * (spec.score_mod is not None)
     if beyond:
         return f"{name} has no adapter for {', '.join(beyond)}"
     return f"{name} has no adapter for {spec.dtype}" if spec.dtype in (DType.FP8, DType.TF32) else None
@@ -99,13 +104,13 @@ def _sdpa(name: str, backend: SDPBackend, *, lower_right: bool) -> Peer:
         attn_mask, is_causal = arguments
         grouped = problem.shape.group > 1
 
-        def run() -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel([backend]):
                 return F.scaled_dot_product_attention(
                     q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=extras.softmax_scale, enable_gqa=grouped
                 )
 
-        return _tried(name, run)
+        return _tried(name, attend, q, k, v, problem)
 
     return Peer(name=name, make=make)
 
@@ -115,7 +120,8 @@ def _make_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: Extras
     if refusal is not None:
         return refusal
     spec, shape = problem.spec, problem.shape
-    if spec.varlen or spec.seqused or spec.dropout or spec.sinks or spec.dtype in (DType.FP8, DType.TF32):
+    unknown = spec.varlen or spec.seqused or spec.dropout or spec.sinks or spec.dbias
+    if unknown or spec.dtype in (DType.FP8, DType.TF32):
         return f"flex has no adapter for {spec}"
     mask_mod = flex_mask_mod(extras.bound_mask(spec), shape.seqlen_q, shape.seqlen_k)
     score_mod = flex_score_mod(spec, extras, shape.seqlen_k - shape.seqlen_q)
@@ -131,7 +137,7 @@ def _make_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: Extras
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     grouped = shape.group > 1
 
-    def run() -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = compiled(
             q,
             k,
@@ -143,7 +149,7 @@ def _make_flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: Extras
         )
         return out
 
-    return _tried("flex", run)
+    return _tried("flex", attend, q, k, v, problem)
 
 
 _FA3_MODULES = ("flash_attn_interface", "flash_attn_3.flash_attn_interface", "fa3_fwd_interface")
@@ -171,23 +177,23 @@ def _make_fa3(q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: Extras)
     if isinstance(mask, Causal) and mask.align == "top_left" and shape.seqlen_q != shape.seqlen_k:
         return "fa3 cannot align causal to the top left"
     window = (mask.left, mask.right) if isinstance(mask, SlidingWindow) else (-1, -1)
-    queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+    # Only where it is asked for: builds for inference alone have no such argument.
+    deterministic = {"deterministic": True} if spec.deterministic else {}
 
-    def run() -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = function(
-            queries,
-            keys,
-            values,
+            *(x.transpose(1, 2) for x in (q, k, v)),
             softmax_scale=extras.softmax_scale,
             causal=causal,
             window_size=window,
             softcap=extras.softcap,
+            **deterministic,
         )
         # Some versions return lse beside out.
         out = typing.cast(Tensor, result[0] if isinstance(result, tuple) else result)
         return out.transpose(1, 2)
 
-    return _tried("fa3", run)
+    return _tried("fa3", attend, q, k, v, problem)
 
 
 CUDNN = _sdpa("cudnn", SDPBackend.CUDNN_ATTENTION, lower_right=False)

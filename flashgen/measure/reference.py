@@ -50,7 +50,7 @@ def attention_reference(
     Raises:
         InputError: if the shapes do not belong together, or the spec asks for what `extras` does not hold.
     """
-    _check_call(q, k, v, spec, extras)
+    check_call(q, k, v, spec, extras)
     arithmetic = Arithmetic(dtype=spec.dtype, precision=precision)
     entries = entries_of(q, k, spec, extras)
     nheads_q = q.shape[1]
@@ -59,7 +59,7 @@ def attention_reference(
         for entry in entries:
             own = sorted({h for b, h in heads if b == entry.b})
             if own:
-                part = _Part.of_heads(entry, own, q, k, v)
+                part = Part.of_heads(entry, own, q, k, v)
                 found = _attend(part, spec, extras, arithmetic)
                 parts.update({(entry.b, h): (found[0][i], found[1][i]) for i, h in enumerate(own)})
         picked = [parts[pair] for pair in heads]
@@ -68,7 +68,7 @@ def attention_reference(
     rows = (nheads_q, q.shape[0]) if spec.varlen else q.shape[:3]
     lse = torch.full(rows, float("-inf"), dtype=arithmetic.softmax_type, device=q.device)
     for entry in entries:
-        part_out, part_lse = _attend(_Part.of_entry(entry, q, k, v), spec, extras, arithmetic)
+        part_out, part_lse = _attend(Part.of_entry(entry, q, k, v), spec, extras, arithmetic)
         entry.queries(out).copy_(part_out)
         entry.statistics(lse).copy_(part_lse)
     return out, lse
@@ -102,7 +102,7 @@ def positions(entry: Entry, heads: Tensor, start: int, stop: int) -> Positions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Part:
+class Part:
     """Heads of one batch entry: q [heads, rows, head_dim_qk], k and v [kv_heads, seqlen_k, ...].
 
     The query heads of one key/value head follow each other. `h` and `h_kv` number both kinds of heads within the call.
@@ -117,27 +117,39 @@ class _Part:
     nheads_q: int
 
     @classmethod
-    def of_entry(cls, entry: Entry, q: Tensor, k: Tensor, v: Tensor) -> _Part:
+    def of_entry(cls, entry: Entry, q: Tensor, k: Tensor, v: Tensor) -> Part:
         """Return all heads of an entry."""
         h, h_kv = (torch.arange(t.shape[1], device=q.device) for t in (q, k))
         queries, keys, values = entry.queries(q), entry.keys(k), entry.keys(v)
         return cls(entry=entry, q=queries, k=keys, v=values, h=h, h_kv=h_kv, nheads_q=q.shape[1])
 
     @classmethod
-    def of_heads(cls, entry: Entry, heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> _Part:
+    def of_heads(cls, entry: Entry, heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Part:
         """Return some heads of an entry, each with a key/value head of its own."""
         h = torch.tensor(heads, device=q.device)
         h_kv = h // (q.shape[1] // k.shape[1])
         queries, keys, values = entry.queries(q)[h], entry.keys(k)[h_kv], entry.keys(v)[h_kv]
         return cls(entry=entry, q=queries, k=keys, v=values, h=h, h_kv=h_kv, nheads_q=q.shape[1])
 
+    @classmethod
+    def of_groups(cls, entry: Entry, heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Part:
+        """Return some key/value heads of an entry, with all query heads of their groups."""
+        h_kv, group = torch.tensor(heads, device=q.device), q.shape[1] // k.shape[1]
+        h = (h_kv[:, None] * group + torch.arange(group, device=q.device)).flatten()
+        queries, keys, values = entry.queries(q)[h], entry.keys(k)[h_kv], entry.keys(v)[h_kv]
+        return cls(entry=entry, q=queries, k=keys, v=values, h=h, h_kv=h_kv, nheads_q=q.shape[1])
 
-def _attend(part: _Part, spec: AttentionSpec, extras: Extras, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    def sinks(self, spec: AttentionSpec, extras: Extras, kind: torch.dtype) -> Tensor | None:
+        """Return the sinks of the query heads, [heads, 1]; None where there are none."""
+        return extras.sinks[self.h].to(kind)[:, None] if spec.sinks and extras.sinks is not None else None
+
+
+def _attend(part: Part, spec: AttentionSpec, extras: Extras, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
     """Return out [heads, rows, head_dim_v] and lse [heads, rows] of all rows of the entry, used or not."""
     entry, nheads, nheads_kv, kind = part.entry, len(part.h), len(part.h_kv), arithmetic.softmax_type
     out = part.q.new_zeros((nheads, part.q.shape[1], part.v.shape[2]), dtype=arithmetic.out_type)
     lse = part.q.new_full(out.shape[:2], float("-inf"), dtype=kind)
-    sinks = extras.sinks[part.h].to(kind)[:, None] if spec.sinks and extras.sinks is not None else None
+    sinks = part.sinks(spec, extras, kind)
     if entry.seqlen_k == 0:
         if sinks is not None:
             lse[:, : entry.seqlen_q] = sinks
@@ -151,21 +163,20 @@ def _attend(part: _Part, spec: AttentionSpec, extras: Extras, arithmetic: Arithm
         queries = arithmetic.operand(part.q[:, block]).reshape(nheads_kv, -1, part.q.shape[2])
         scores = (queries @ keys).to(kind).mul_(scale_qk).view(nheads, -1, entry.seqlen_k)
         at = positions(entry, part.h, block.start, block.stop)
-        weights, total, lse[:, block] = _softmax(_modified(scores, at, part, spec, extras), sinks)
+        scores = masked(bent(scores, at, spec, extras), at, part, spec, extras)
+        weights, total, lse[:, block] = softmax(scores, sinks)
         if not arithmetic.divides_last:
             weights = weights.div_(total)
         weights = arithmetic.probabilities(weights)
         if spec.dropout:
-            weights = _dropped(weights, at, part.nheads_q, extras)
+            weights = dropped(weights, kept(at, part.nheads_q, extras), extras.dropout_p)
         product = weights.view(nheads_kv, -1, entry.seqlen_k) @ values
         product = (product if scale_v is None else product * scale_v).view(nheads, -1, out.shape[2])
         out[:, block] = product / total if arithmetic.divides_last else product
     return out, lse
 
 
-def _scales(
-    part: _Part, spec: AttentionSpec, extras: Extras, kind: torch.dtype
-) -> tuple[Tensor | float, Tensor | None]:
+def _scales(part: Part, spec: AttentionSpec, extras: Extras, kind: torch.dtype) -> tuple[Tensor | float, Tensor | None]:
     """Return the factor of the products q k^T, softmax_scale included, and that of the products with V."""
     if not spec.descale:
         return extras.softmax_scale, None
@@ -177,14 +188,19 @@ def _scales(
     return q * k * extras.softmax_scale, v
 
 
-def _modified(scores: Tensor, at: Positions, part: _Part, spec: AttentionSpec, extras: Extras) -> Tensor:
-    """Return what becomes of scaled scores [heads, rows, seqlen_k]: -inf where a key is hidden."""
+def bent(scores: Tensor, at: Positions, spec: AttentionSpec, extras: Extras) -> Tensor:
+    """Return scaled scores [heads, rows, seqlen_k] after softcap and score_mod; differentiable."""
     if spec.softcap:
-        scores = scores.div_(extras.softcap).tanh_().mul_(extras.softcap)
+        scores = (scores / extras.softcap).tanh() * extras.softcap
     score_mod = extras.bound_score_mod(spec)
     if score_mod is not None:
         changed = score_mod.evaluate(torch, score=scores, b=at.b, h=at.h, q_idx=at.q_idx, kv_idx=at.kv_idx)
         scores = changed.to(scores.dtype).expand(scores.shape)
+    return scores
+
+
+def masked(scores: Tensor, at: Positions, part: Part, spec: AttentionSpec, extras: Extras) -> Tensor:
+    """Return scores [heads, rows, seqlen_k] with bias and ALiBi: -inf where a key is hidden."""
     if spec.bias != "none" and extras.bias is not None:
         bias = _bias_block(extras.bias, at, part)
         scores = scores.masked_fill(~bias, float("-inf")) if spec.bias == "bool" else scores + bias.to(scores.dtype)
@@ -195,7 +211,7 @@ def _modified(scores: Tensor, at: Positions, part: _Part, spec: AttentionSpec, e
     return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
 
 
-def _bias_block(bias: Tensor, at: Positions, part: _Part) -> Tensor:
+def _bias_block(bias: Tensor, at: Positions, part: Part) -> Tensor:
     """Return the part of bias [batch, nheads_q, seqlen_q, seqlen_k] for these rows; a size of 1 is broadcast."""
     own = bias[part.entry.b if bias.shape[0] > 1 else 0]
     if own.shape[1] > 1:
@@ -205,7 +221,7 @@ def _bias_block(bias: Tensor, at: Positions, part: _Part) -> Tensor:
     return own[part.h] if own.shape[0] > 1 else own
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return exp(scores - row maximum), what it is to be divided by [heads, rows, 1], and lse [heads, rows].
 
     A sink is one more logit of the row, of its maximum too.
@@ -222,15 +238,25 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tens
     return weights, total.masked_fill(total == 0, 1.0), lse
 
 
-def _dropped(weights: Tensor, at: Positions, nheads_q: int, extras: Extras) -> Tensor:
+def kept(at: Positions, nheads_q: int, extras: Extras) -> Tensor:
+    """Return which probabilities dropout keeps, [heads, rows, seqlen_k]."""
+    assert extras.rng_state is not None
+    return dropout_keep(extras.rng_state, extras.dropout_p, at.b * nheads_q + at.h, at.q_idx, at.kv_idx)
+
+
+def dropped(weights: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
     """Return the probabilities after dropout: 0, or divided by the share that is kept."""
-    if extras.rng_state is None or extras.dropout_p >= 1:
+    if dropout_p >= 1:
         return torch.zeros_like(weights)
-    kept = dropout_keep(extras.rng_state, extras.dropout_p, at.b * nheads_q + at.h, at.q_idx, at.kv_idx)
-    return weights.masked_fill(~kept, 0.0) / (1 - extras.dropout_p)
+    return weights.masked_fill(~keep, 0.0) / (1 - dropout_p)
 
 
-def _check_call(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: Extras) -> None:
+def check_call(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: Extras) -> None:
+    """Check that the tensors belong together and the call gives what the spec asks for.
+
+    Raises:
+        InputError: if they do not.
+    """
     got = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     wanted, dims = ("[tokens, heads, head_dim]", 3) if spec.varlen else ("[batch, heads, seqlen, head_dim]", 4)
     if {q.dim(), k.dim(), v.dim()} != {dims}:

@@ -20,9 +20,9 @@ from flashgen.launch import (
     SideTensors,
     detect_target,
     fill_unseen,
+    forward_table,
     readable,
     software_versions,
-    tile_table,
 )
 from flashgen.ops.call import Options, Tensors, decode_config, heads_first
 from flashgen.ops.checks import extras_of, problem_of
@@ -227,7 +227,7 @@ class _Bound:
         if extras.cu_seqlens_q is not None and not sequences_fill(q, k, tensors, self._options):
             # A kernel writes the rows of sequences alone.
             fill_unseen(out, lse)
-        table = tile_table(self._problem, self._config, extras, self._device)
+        table = forward_table(self._problem, self._config, extras, self._device)
         self._launch(q, k, v, out, lse, *self._side_tensors(extras, table))
 
 

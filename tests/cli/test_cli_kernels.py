@@ -82,7 +82,7 @@ def compared(*peers: Peer) -> Comparison:
 def reference_peer(factor: float) -> Peer:
     def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras) -> typing.Any:
         scaled = dataclasses.replace(extras, softmax_scale=factor * extras.softmax_scale)
-        return lambda: attention_reference(q, k, v, spec=problem.spec, extras=scaled, precision="input")[0]
+        return lambda: attention_reference(q, k, v, spec=problem.spec, extras=scaled, precision="input")[:1]
 
     return Peer(name=f"times-{factor:g}", make=make)
 

@@ -112,7 +112,7 @@ def test_emit_prints_what_render_gives(run: typing.Any, tuned: Path, entry: Regi
 
 def test_emit_takes_a_config_and_refuses_an_illegal_one(run: typing.Any) -> None:
     text = "block_m=64 block_n=64 num_warps=4 num_stages=2 loads=descriptor"
-    config = parse_config(text)
+    config = parse_config(text, [parse_problem(TUNED)])
     assert config is not None
     arguments = ("emit", "--shape", TUNED, "--config", text, "--target")
     assert run(*arguments, "sm_90").stdout == render(parse_problem(TUNED).spec, config).source
@@ -122,7 +122,7 @@ def test_emit_takes_a_config_and_refuses_an_illegal_one(run: typing.Any) -> None
 
 
 def test_config_text_round_trips(entry: RegistryEntry) -> None:
-    assert parse_config(str(entry.config)) == entry.config
+    assert parse_config(str(entry.config), [parse_problem(TUNED)]) == entry.config
     assert short_config(entry.config) == "64x32 w4 s2 pointer"
 
 

@@ -71,7 +71,7 @@ def test_version(run: typing.Any) -> None:
         (("explain",), "--preset quick"),
         (("explain", "--preset", "no-such"), "llama3-8b"),
         (("explain", "--shape", "b=1 h=2 s=128"), "must give"),
-        (("explain", "--shape", SHAPE, "--phase", "forward,backward"), "'backward'"),
+        (("explain", "--shape", SHAPE, "--phase", "forward,decode"), "forward, backward"),
         (("explain", "--shape", SHAPE, "--target", "sm_12"), "H100 (NVIDIA H100"),
         (("explain", "--shape", SHAPE, "--target", "sm_90", "--device", "cuda:0"), "either --device"),
         (("explain", "--shape", SHAPE, "--device", "tpu"), "cuda:N"),

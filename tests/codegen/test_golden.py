@@ -181,9 +181,9 @@ def test_signature_is_the_plan(name: str) -> None:
         if isinstance(node, ast.FunctionDef) and node.name == kernel.entry_point
     )
     arguments = function.args.args
-    assert [a.arg for a in arguments] == [*kernel.plan.arguments, *kernel.plan.constants]
+    assert [a.arg for a in arguments] == [*kernel.plan.entries[0].arguments, *kernel.plan.entries[0].constants]
     constants = [a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "tl.constexpr"]
-    assert constants == list(kernel.plan.constants)
+    assert constants == list(kernel.plan.entries[0].constants)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -201,4 +201,4 @@ def test_every_argument_of_the_kernel_is_used(name: str) -> None:
     functions = (node for node in ast.parse(kernel.source).body if isinstance(node, ast.FunctionDef))
     body = next(function for function in functions if function.name == kernel.entry_point)
     used = {node.id for node in ast.walk(body) if isinstance(node, ast.Name)}
-    assert {*kernel.plan.arguments, *kernel.plan.constants} - used == set()
+    assert {*kernel.plan.entries[0].arguments, *kernel.plan.entries[0].constants} - used == set()

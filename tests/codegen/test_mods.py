@@ -22,7 +22,7 @@ from flashgen.errors import InputError
 from flashgen.launch.interpreted import run_interpreted
 from flashgen.resources import resource_dir
 from flashgen.spec import score_mods
-from flashgen.spec.mods import ModFunction, Role, parse_mod, read_mod
+from flashgen.spec.mods import ModFunction, Role, derivative, parse_mod, read_mod
 
 POINTERS = {
     **dict.fromkeys(("bool", "uint8"), "*u8"),
@@ -173,6 +173,25 @@ def zero(score: T, b: T, h: T, q: T, kv: T) -> T:
     return 0
 
 
+def swish_of_masked(score: T, b: T, h: T, q: T, kv: T) -> T:
+    score = torch.where(q >= kv, score * SLOPES[h], -float("inf"))
+    return score * torch.sigmoid(score) if h else score
+
+
+def selections(score: T, b: T, h: T, q: T, kv: T) -> T:
+    x = torch.clamp(score, -2, 3) * torch.where(h > 1, score, 2) + abs(score) * KEEP[kv]
+    return torch.minimum(x * x, torch.sqrt(torch.clamp(score, min=0))) + torch.where(b > 5, x, 0) + (score > 0) * x
+
+
+def products(score: T, b: T, h: T, q: T, kv: T) -> T:
+    far = q * 100_000
+    return score * far * far * 1e-10 + score * h + score * KEEP[q] * SMALL[kv] + score * kv / (q + 1) / score
+
+
+def divisions(score: T, b: T, h: T, q: T, kv: T) -> T:
+    return score % 2.0 * score + (score * 3) // 1.0 * score + 7.5 % (score * score + h) + kv / (1 + score * score)
+
+
 MASKS = [
     causal,
     sliding_window,
@@ -201,6 +220,17 @@ MODS: dict[str, tuple[Callable[..., T], Role]] = {
     "alibi": (score_mods.alibi(SLOPES), "score"),
     "relative_position": (score_mods.relative_position(), "score"),
     "ternaries": (ternaries, "mask"),
+}
+# Slopes that are literals, per head, per row, per key and per element; captures that are used no more.
+DERIVATIVES = {
+    **{name: derivative(read_mod(function, role)) for name, (function, role) in MODS.items() if role == "score"},
+    **{
+        function.__name__: derivative(read_mod(function, "score"))
+        for function in (swish_of_masked, selections, products, divisions)
+    },
+    "per_head": derivative(parse_mod("score_mod('return score * h * h + where(h > 1, score, 0)')")),
+    "per_row": derivative(parse_mod("score_mod('return where(q_idx > 45, score, q_idx)')")),
+    "per_key": derivative(parse_mod("score_mod('return where(kv_idx % 3 == h, 2, 0.5) * score')")),
 }
 
 
@@ -289,6 +319,37 @@ def test_kernel_and_evaluate_are_the_python_function(name: str, score: torch.Ten
     )
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # -inf * 0 where the kernel does not select it
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_in_the_kernel_are_what_evaluate_and_autograd_find(
+    name: str, score: torch.Tensor, tmp_path: Path
+) -> None:
+    mod = DERIVATIVES[name]
+    found = interpreted(mod, load(mod, tmp_path, f"d_{name}"), score)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, evaluated(mod, score), rtol=1e-5, atol=1e-5)
+    if name not in MODS:
+        return
+    leaf = score.double().requires_grad_()
+    value = evaluated(read_mod(*MODS[name]), leaf)
+    if value.requires_grad:
+        (expected,) = torch.autograd.grad(value.sum(), leaf)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert not found.any()
+
+
+def test_a_derivative_takes_every_captured_tensor() -> None:
+    mod = read_mod(score_mods.alibi(SLOPES), "score")
+    assert mod_arguments(derivative(mod), "score_") == mod_arguments(mod, "score_")
+    assert mod_arguments(derivative(mod), "score_") == ("score_slopes_ptr", "score_slopes_size0")
+    assert mod_lines(derivative(mod), "score_") == ("return tl.full(score.shape, 1.0, tl.float32)",)
+    assert mod_lines(derivative(read_mod(score_mods.softcap(30), "score")), "") == (
+        "value = 2 * tl.sigmoid(2 * (score / 30)) - 1",
+        "return 1.0 - value * value",
+    )
+
+
 @pytest.mark.parametrize("name", [name for name, (function, role) in MODS.items() if read_mod(function, role).captures])
 def test_captures_are_zero_past_their_end(name: str, score: torch.Tensor, tmp_path: Path) -> None:
     mod = read_mod(*MODS[name])
@@ -370,6 +431,8 @@ def test_helpers_only_where_an_operand_may_be_negative() -> None:
 def test_formatted_as_ruff_would(tmp_path: Path, line_length: int) -> None:
     for name, (function, role) in MODS.items():
         (tmp_path / f"{name}.py").write_text(module_source(read_mod(function, role)))
+    for name, derived in DERIVATIVES.items():
+        (tmp_path / f"d_{name}.py").write_text(module_source(derived))
     ruff = [sys.executable, "-m", "ruff"]
     options = ["--isolated", "--no-cache", f"--line-length={line_length}", str(tmp_path)]
     for command in ([*ruff, "format", "--check", "--diff"], [*ruff, "check"]):
@@ -377,10 +440,13 @@ def test_formatted_as_ruff_would(tmp_path: Path, line_length: int) -> None:
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", MODS)
+COMPILED = {name: read_mod(*known) for name, known in MODS.items()} | {f"d_{n}": mod for n, mod in DERIVATIVES.items()}
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiles_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    mod = read_mod(*MODS[name])
+    mod = COMPILED[name]
     kernel = load(mod, tmp_path, name).kernel
     signature = {"out_ptr": "*fp32", "score_ptr": "*fp32", "B": "i32", "H": "i32", "FIRST": "i32", "BLOCK": "constexpr"}
     constants: dict[str, int] = {"BLOCK": BLOCK}

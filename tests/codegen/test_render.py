@@ -116,7 +116,7 @@ def test_an_undefined_name_in_a_template_is_an_error(text: str) -> None:
 
 @pytest.mark.parametrize("function", [render, make_plan, constant_values])
 def test_unknown_template(function: typing.Callable[[AttentionSpec, KernelConfig], object]) -> None:
-    with pytest.raises(ConfigError, match="'triton/other'; known: triton/forward"):
+    with pytest.raises(ConfigError, match="'triton/other' has no kernels of the forward phase; known: triton/forward"):
         function(SPEC, OTHER)
 
 

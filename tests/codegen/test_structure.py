@@ -141,10 +141,10 @@ def test_numbers_of_a_mask_have_the_names_that_its_kernel_takes() -> None:
         mask = parse_mask(text)
         plan = plan_mask(mask.structure())
         assert tuple(mask_numbers(mask)) == tuple(name for leaf in plan.leaves for name in leaf.numbers)
-        assert len(set(plan.arguments)) == len(plan.arguments)
-        assert {f"{name}_ptr" for name in capture_names(mask)} <= set(plan.arguments)
+        assert len(set(plan.entries[0].arguments)) == len(plan.entries[0].arguments)
+        assert {f"{name}_ptr" for name in capture_names(mask)} <= set(plan.entries[0].arguments)
         kernel = render(spec_of(mask), CONFIG)
-        assert set(plan.arguments) <= set(kernel.plan.arguments)
+        assert set(plan.entries[0].arguments) <= set(kernel.plan.entries[0].arguments)
         assert [*mask_numbers(mask).values()] == [value for leaf in mask.leaves for _, value in leaf.parameters]
 
 
@@ -152,4 +152,5 @@ def test_constants_are_the_numbers_of_a_config_and_of_the_head_dimensions() -> N
     for config in CONFIGS:
         for dims in ((64, 64), (96, 64), (192, 128), (80, 160)):
             spec = dataclasses.replace(SPEC, head_dim_qk=dims[0], head_dim_v=dims[1])
-            assert tuple(sorted(constant_values(spec, config))) == tuple(sorted(render(spec, config).plan.constants))
+            (entry,) = render(spec, config).plan.entries
+            assert sorted(constant_values(spec, config)) == sorted(entry.constants)

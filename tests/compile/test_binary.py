@@ -35,8 +35,8 @@ def test_what_is_no_elf_file(binary: bytes) -> None:
 
 def test_what_is_no_cuda_binary(build: Callable[..., CompiledKernel]) -> None:
     with pytest.raises(CompileError, match=r"no section \.nv\.info"):
-        cubin_resources(build("gfx942").handle.asm["hsaco"], 0)
+        cubin_resources(build("gfx942").entries[0].handle.asm["hsaco"], 0)
 
 
 def test_shared_memory_is_passed_through(build: Callable[..., CompiledKernel]) -> None:
-    assert cubin_resources(build("sm_80").handle.asm["cubin"], 12345).smem_bytes == 12345
+    assert cubin_resources(build("sm_80").entries[0].handle.asm["cubin"], 12345).smem_bytes == 12345

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.codegen import KernelResources, TritonForwardConfig, render
-from flashgen.compile import CompiledKernel, compile_job, compile_kernel, descriptor_block
+from flashgen.codegen import KernelResources, TritonForwardConfig, constant_values, render
+from flashgen.compile import CompiledKernel, compile_job, compile_kernel
 from flashgen.errors import CompileError
 from flashgen.spec import AttentionSpec, DType, causal
 from flashgen.target import named_target
@@ -44,33 +44,35 @@ def test_compiles_for_an_absent_gpu(build: Build, arch: str, dtype: str, loads: 
     target = named_target(arch)
     assert 24 <= compiled.resources.registers <= 255
     assert compiled.resources.spills == 0
-    assert compiled.resources.smem_bytes == compiled.handle.metadata.shared
+    assert compiled.resources.smem_bytes == compiled.entries[0].handle.metadata.shared
     # One K and one V tile of 32 x 64 elements at least.
     assert 2 * 32 * 64 * 2 <= compiled.resources.smem_bytes <= target.smem_bytes
-    assert compiled.handle.metadata.num_warps == 4
-    assert compiled.handle.metadata.target.arch == (arch if target.backend == "hip" else target.capability)
-    assert compiled.constants == (64, 64, 64, 64, 64, 32)
+    assert compiled.entries[0].handle.metadata.num_warps == 4
+    assert compiled.entries[0].handle.metadata.target.arch == (arch if target.backend == "hip" else target.capability)
+    assert compiled.entries[0].constants == (64, 64, 64, 64, 64, 32)
     assert re.fullmatch("[0-9a-f]{16}", compiled.binary_hash)
 
 
 def test_dense_rows_are_loaded_sixteen_bytes_at_a_time(build: Build) -> None:
     # What the promises on alignment are for: without them every element is a load of its own.
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, (?:0x)?([0-9a-f]+)", build("sm_80").handle.asm["ptx"])
+    copies = re.findall(
+        r"cp\.async\.c[ag]\.shared\.global.*?, (?:0x)?([0-9a-f]+)", build("sm_80").entries[0].handle.asm["ptx"]
+    )
     assert copies
     assert {int(size, 16) for size in copies} == {16}
 
 
 def test_descriptors_become_bulk_copies(build: Build) -> None:
-    assert "cp.async.bulk.tensor" in build("sm_90", "bf16", loads="descriptor").handle.asm["ptx"]
-    assert "cp.async.bulk.tensor" not in build("sm_90", "bf16").handle.asm["ptx"]
+    assert "cp.async.bulk.tensor" in build("sm_90", "bf16", loads="descriptor").entries[0].handle.asm["ptx"]
+    assert "cp.async.bulk.tensor" not in build("sm_90", "bf16").entries[0].handle.asm["ptx"]
 
 
 def test_hopper_uses_its_matrix_unit(build: Build) -> None:
-    assert "wgmma.mma_async" in build("sm_90", "bf16").handle.asm["ptx"]
+    assert "wgmma.mma_async" in build("sm_90", "bf16").entries[0].handle.asm["ptx"]
 
 
 def test_fused_multiply_add_is_asked_for(build: Build) -> None:
-    assert build("sm_80").handle.metadata.enable_fp_fusion is True
+    assert build("sm_80").entries[0].handle.metadata.enable_fp_fusion is True
 
 
 def _cuobjdump(cubin: bytes, folder: Path) -> dict[str, int]:
@@ -89,7 +91,7 @@ def _cuobjdump(cubin: bytes, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_resources_are_those_of_cuobjdump(build: Build, tmp_path: Path, arch: str, numbers: dict[str, int]) -> None:
     compiled = build(arch, **numbers)
-    usage = _cuobjdump(compiled.handle.asm["cubin"], tmp_path)
+    usage = _cuobjdump(compiled.entries[0].handle.asm["cubin"], tmp_path)
     assert (compiled.resources.registers, compiled.resources.spills) == (usage["REG"], usage["STACK"])
 
 
@@ -142,7 +144,10 @@ def test_job_reports_what_the_kernel_has(build: Build) -> None:
 
 def test_descriptor_blocks() -> None:
     spec = dataclasses.replace(SPEC, head_dim_qk=72, head_dim_v=40)
-    blocks = {name: descriptor_block(name, spec, CONFIG) for name in ("q_desc", "k_desc", "v_desc", "out_desc")}
+    config = dataclasses.replace(CONFIG, loads="descriptor")
+    (entry,) = render(spec, config).plan.entries
+    constants = constant_values(spec, config)
+    blocks = {name: entry.box(name, constants) for name in ("q_desc", "k_desc", "v_desc", "out_desc")}
     assert blocks == {
         "q_desc": (1, 1, 64, 128), "k_desc": (1, 1, 32, 128), "v_desc": (1, 1, 32, 64), "out_desc": (1, 1, 64, 64),
     }  # fmt: skip

@@ -42,7 +42,7 @@ def test_lanes_share_the_summed_dimension(words: str, block_n: int) -> None:
         # What is refused is never compiled; the wider tile must then be legal.
         assert block_n == 16
         return
-    intermediate = compile_kernel(render(spec, config), spec, config, TARGET).handle.asm["ttgir"]
+    intermediate = compile_kernel(render(spec, config), spec, config, TARGET).entries[0].handle.asm["ttgir"]
     operands = _OPERAND.findall(intermediate)
     assert operands
     for summed, width in operands:

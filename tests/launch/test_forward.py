@@ -10,7 +10,7 @@ import typing
 import pytest
 import torch
 
-from flashgen.codegen import ForwardPlan, TritonForwardConfig, constant_values, render
+from flashgen.codegen import KernelPlan, TritonForwardConfig, constant_values, render
 from flashgen.compile import CompiledKernel
 from flashgen.errors import InputError
 from flashgen.launch import (
@@ -19,9 +19,9 @@ from flashgen.launch import (
     SideTensors,
     allocate_outputs,
     bind_forward,
+    forward_table,
     grid_size,
     readable,
-    tile_table,
 )
 from flashgen.launch.forward import kernel_arguments, launch_values
 from flashgen.launch.operands import Layout4D
@@ -96,7 +96,7 @@ def test_scalars() -> None:
     values = launch_values(PROBLEM, CONFIG, Operands.of(tensors), EXTRAS)
     assert values.pop("qk_scale") == pytest.approx(0.3 * math.log2(math.e))
     plan = render(PROBLEM.spec, CONFIG).plan
-    assert {name: value for name, value in values.items() if name in plan.arguments} == {
+    assert {name: value for name, value in values.items() if name in plan.entries[0].arguments} == {
         "num_heads_total": 12, "nheads_q": 6, "group": 3, "SEQLEN_Q": 130, "SEQLEN_K": 77, "head_group": 3,
         # bshd queries; dense keys and values; out like q.
         "stride_qz": 130 * 6 * 64, "stride_qh": 64, "stride_qm": 6 * 64,
@@ -115,7 +115,7 @@ def numbers_of(text: str) -> dict[str, float]:
     operands = Operands.of({"q": q, "k": k, "v": v, "out": out})
     extras = random_extras(problem, device="cpu", seed=2, softmax_scale=0.5)
     values = launch_values(problem, CONFIG, operands, extras)
-    return {name: values[name] for name in render(problem.spec, CONFIG).plan.arguments if name in values}
+    return {name: values[name] for name in render(problem.spec, CONFIG).plan.entries[0].arguments if name in values}
 
 
 def test_numbers_of_a_mask() -> None:
@@ -183,15 +183,16 @@ def test_bound_arguments_are_those_of_the_kernel(
     tensors = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse_tensor} if lse_tensor is not None else {})
     extras = random_extras(problem, device="cpu", seed=2)
     plan = render(problem.spec, config).plan
-    constants = tuple(constant_values(problem.spec, config)[name] for name in plan.constants)
-    compiled = typing.cast("CompiledKernel", types.SimpleNamespace(handle="handle", constants=constants))
+    constants = tuple(constant_values(problem.spec, config)[name] for name in plan.entries[0].constants)
+    built = types.SimpleNamespace(handle="handle", constants=constants)
+    compiled = typing.cast("CompiledKernel", types.SimpleNamespace(entries=(built,)))
     bind_forward(problem, config, compiled, extras, tensors)()
     ((handle, grid, arguments),) = launched
     assert (handle, grid) == ("handle", 24)
     want = kernel_arguments(plan, problem, config, extras, tensors)
-    assert sorted(want) == sorted([*plan.arguments, *plan.constants])
+    assert sorted(want) == sorted([*plan.entries[0].arguments, *plan.entries[0].constants])
     assert len(arguments) == len(want)
-    for name, got in zip([*plan.arguments, *plan.constants], arguments, strict=True):
+    for name, got in zip([*plan.entries[0].arguments, *plan.entries[0].constants], arguments, strict=True):
         expected = want[name]
         if name.endswith("_ptr"):
             assert got is expected is not None, name
@@ -213,10 +214,10 @@ def test_each_tensor_of_a_call_is_bound_in_its_place() -> None:
     problem = parse_problem(f"b=2 hq=6 hkv=2 sq=70 sk=77 d=64 fp16 {words}")
     extras = random_extras(problem, device="cpu", seed=0)
     plan = render(problem.spec, CONFIG).plan
-    table = tile_table(problem, CONFIG, extras, torch.device("cpu"))
+    table = forward_table(problem, CONFIG, extras, torch.device("cpu"))
     assert table is not None
     side = SideTensors(plan)
-    pointers = {n.removesuffix("_ptr") for n in plan.arguments if n.endswith("_ptr")}
+    pointers = {n.removesuffix("_ptr") for n in plan.entries[0].arguments if n.endswith("_ptr")}
     assert set(side.names) == pointers - {"q", "k", "v", "out", "lse"}
     found = dict(zip(side.names, side(extras, table), strict=True))
     t, u, w = extras.captures
@@ -241,10 +242,12 @@ def test_a_bound_launch_takes_other_tensors_each_time(monkeypatch: pytest.Monkey
     launched: list[list[object]] = []
     monkeypatch.setattr("flashgen.launch.forward.launch", lambda handle, grid, arguments: launched.append(arguments))
     problem = parse_problem("b=2 hq=6 hkv=2 sq=130 sk=77 d=64 dv=40 causal fp16 lse sinks")
-    plan: ForwardPlan = render(problem.spec, DESCRIPTOR).plan
+    plan: KernelPlan = render(problem.spec, DESCRIPTOR).plan
     bound = ForwardLaunch(
         plan=plan,
-        compiled=typing.cast("CompiledKernel", types.SimpleNamespace(handle=None, constants=())),
+        compiled=typing.cast(
+            "CompiledKernel", types.SimpleNamespace(entries=(types.SimpleNamespace(handle=None, constants=()),))
+        ),
         problem=problem,
         config=DESCRIPTOR,
         operands=Operands.of(tensors_for(problem)),
@@ -256,8 +259,8 @@ def test_a_bound_launch_takes_other_tensors_each_time(monkeypatch: pytest.Monkey
     # Made anew each time: a launch that is still queued keeps its own.
     for arguments, call in zip(launched, calls, strict=True):
         assert all(arguments[i].base is call[i] for i in range(4))  # type: ignore[attr-defined]
-        assert arguments[plan.arguments.index("lse_ptr")] is call[4]
-        assert arguments[plan.arguments.index("sinks_ptr")] is call[5]
+        assert arguments[plan.entries[0].arguments.index("lse_ptr")] is call[4]
+        assert arguments[plan.entries[0].arguments.index("sinks_ptr")] is call[5]
 
 
 def test_readable() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from flashgen.codegen import TritonForwardConfig
 from flashgen.errors import FlashgenError
-from flashgen.launch import tile_table
+from flashgen.launch import forward_table
 from flashgen.launch.tile_table import TileTable
 from flashgen.measure import random_extras
 from flashgen.measure.entries import batch_entries
@@ -23,7 +23,7 @@ CONFIG = TritonForwardConfig(block_m=32, block_n=16, num_warps=1, num_stages=1)
 
 
 def build(problem: Problem, extras: Extras, config: TritonForwardConfig = CONFIG) -> TileTable:
-    table = tile_table(problem, config, extras, CPU)
+    table = forward_table(problem, config, extras, CPU)
     assert table is not None
     return table
 
@@ -87,7 +87,7 @@ def test_rows_are_the_tiles_with_anything_to_see(words: str, axes: str, lengths:
 @pytest.mark.parametrize("words", ["full", "causal", "sliding_window(3,4)&chunked(9)", "prefix_lm(3)", "causal varlen"])
 def test_where_a_formula_does_there_is_no_table(words: str) -> None:
     problem = parse_problem(f"b=2 h=2 s=40 d=16 fp32 {words}")
-    assert tile_table(problem, CONFIG, random_extras(problem, device="cpu", seed=0), CPU) is None
+    assert forward_table(problem, CONFIG, random_extras(problem, device="cpu", seed=0), CPU) is None
 
 
 def documents(seqlen: int, length: int) -> tuple[Problem, Extras, Mask]:
@@ -198,11 +198,11 @@ def test_refused_inside_a_capture_and_found_there_once_built() -> None:
     config = TritonForwardConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)
     extras = Extras(softmax_scale=1.0, captures=(ids, ids))
     with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(FlashgenError, match="inside a CUDA graph capture"):
-        tile_table(problem, config, extras, device)
-    table = tile_table(problem, config, extras, device)
+        forward_table(problem, config, extras, device)
+    table = forward_table(problem, config, extras, device)
     assert table is not None
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        assert tile_table(problem, config, extras, device) is table
+        assert forward_table(problem, config, extras, device) is table
 
 
 @pytest.mark.gpu
@@ -211,7 +211,7 @@ def test_the_same_table_on_a_gpu(words: str, axes: str) -> None:
     problem = parse_problem(f"b=2 hq=3 hkv=1 sq=300 sk=333 d=16 fp32 {words}")
     extras = random_extras(problem, device="cpu", seed=1)
     moved = {field.name: _to_gpu(getattr(extras, field.name)) for field in dataclasses.fields(extras)}
-    there = tile_table(problem, CONFIG, Extras(**moved), torch.device("cuda", torch.cuda.current_device()))
+    there = forward_table(problem, CONFIG, Extras(**moved), torch.device("cuda", torch.cuda.current_device()))
     assert there is not None
     here = build(problem, extras)
     for name in ("start", "full", "index"):

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from flashgen.codegen.config import KernelConfig, Loads, TritonForwardConfig
+from flashgen.codegen import config_from_dict
+from flashgen.codegen.config import KernelConfig, Loads, TritonBackwardConfig, TritonForwardConfig
 from flashgen.errors import ConfigError, InputError
 from flashgen.measure import floor_us, predict_us, tbps, tflops
 from flashgen.spec import parse_problem
@@ -195,6 +196,49 @@ def test_more_registers_or_shared_memory_never_help() -> None:
     assert by_smem == sorted(by_smem)
 
 
+BACKWARD = parse_problem("b=4 h=16 s=4096 d=128 causal bf16 backward")
+
+
+def backward_config(tile: tuple[int, int], warps: int = 8, dq: str = "kernel") -> TritonBackwardConfig:
+    own = {"block_m2": tile[1], "block_n2": tile[0], "num_warps2": warps, "num_stages2": 2} if dq == "kernel" else {}
+    numbers = {"block_m1": tile[0], "block_n1": tile[1], "num_warps": warps, "num_stages": 2, **own}
+    config = config_from_dict({"template": TritonBackwardConfig.template, "dq": dq, **numbers})
+    assert isinstance(config, TritonBackwardConfig)
+    return config
+
+
+def predicted_backward(config: TritonBackwardConfig, registers: int = 200, smem_bytes: int = 98336) -> float:
+    return predict_us(BACKWARD, H200, config, registers, smem_bytes).us
+
+
+def test_backward_configs_of_small_tiles_rank_low() -> None:
+    whole = predicted_backward(backward_config((64, 128)))
+    assert floor_us(BACKWARD, H200).us < whole
+    assert whole < predicted_backward(backward_config((32, 64), 4)) < predicted_backward(backward_config((16, 16), 4))
+
+
+def test_adding_to_dq_in_order_takes_longer_than_in_any() -> None:
+    atomic, ordered = (predicted_backward(backward_config((64, 128), dq=dq)) for dq in ("atomic", "ordered"))
+    assert atomic < ordered
+
+
+def test_a_backward_config_that_does_not_fit_ranks_last() -> None:
+    prediction = predict_us(BACKWARD, H200, backward_config((64, 128)), 128, H200.smem_bytes + 1)
+    assert (prediction.us, prediction.occupancy_blocks, prediction.limiter) == (math.inf, 0, "shared memory")
+
+
+def test_more_backward_work_never_takes_less_time() -> None:
+    config = backward_config((64, 128))
+    for mask in ("full", "causal"):
+        problems = [parse_problem(f"b=2 h=16 s={s} d=128 {mask} backward") for s in (0, 128, 1000, 1024, 4096, 16384)]
+        times = [predict_us(problem, H200, config, 200, 98336).us for problem in problems]
+        assert times == sorted(times)
+        assert times[-1] > 10 * times[-2]
+    plain = parse_problem("b=2 h=16 s=4096 d=128 backward")
+    dropped = parse_problem("b=2 h=16 s=4096 d=128 dropout backward")
+    assert predict_us(plain, H200, config, 200, 98336).us < predict_us(dropped, H200, config, 200, 98336).us
+
+
 def test_nothing_to_do_is_legal() -> None:
     config = make_config((128, 64, 4, 2))
     for text in ("b=1 h=2 sq=0 sk=64 d=64", "b=0 h=2 s=64 d=64", "b=1 h=2 sq=64 sk=0 d=64 causal"):
@@ -207,7 +251,7 @@ def test_other_templates_are_refused() -> None:
     class OtherConfig(KernelConfig):
         template = "triton/other"
 
-    with pytest.raises(ConfigError, match="triton/forward"):
+    with pytest.raises(ConfigError, match="triton/forward and triton/backward"):
         predict_us(PREFILL[64, "full"], H200, OtherConfig(num_warps=4, num_stages=2), 128, 0)
 
 
@@ -224,6 +268,8 @@ def test_floor_and_rates() -> None:
     assert tbps(decode, floor.memory_us) == pytest.approx(4.8)
     fp32 = dataclasses.replace(prefill, spec=parse_problem("b=4 h=16 s=4096 d=128 fp32").spec)
     assert floor_us(fp32, H200).compute_us == pytest.approx(2 * floor_us(prefill, H200).compute_us)
+    # Five products of the size of the forward's two.
+    assert floor_us(BACKWARD, H200).compute_us == pytest.approx(2.5 * floor_us(PREFILL[128, "causal"], H200).compute_us)
     with pytest.raises(InputError, match="positive"):
         tflops(prefill, 0.0)
     with pytest.raises(InputError, match="positive"):

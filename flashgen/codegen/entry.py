@@ -1,0 +1,29 @@
+"""One kernel of a rendered module, as the compiler and the launcher see it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EntryPlan:
+    """A `@triton.jit` function that is launched.
+
+    Attributes:
+        name: of the function.
+        arguments: run-time arguments, in order; `flashgen.codegen.arguments` says what each is.
+        constants: compile-time arguments, after them.
+        pointer_types: element types behind pointers whose elements are not those of Q, in Triton's words.
+        boxes: the tile that each tensor descriptor moves: the constants that say its rows and its columns.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    constants: tuple[str, ...]
+    pointer_types: tuple[tuple[str, str], ...]
+    boxes: tuple[tuple[str, tuple[str, str]], ...] = ()
+
+    def box(self, descriptor: str, constants: dict[str, int]) -> tuple[int, int, int, int]:
+        """Return the tile that a descriptor moves, over [batch, heads, seqlen, head_dim]."""
+        rows, columns = dict(self.boxes)[descriptor]
+        return (1, 1, constants[rows], constants[columns])
