@@ -27,12 +27,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def product() -> types.ModuleType:
     """The module that draws random calls, `product.py` beside this file."""
-    spec = importlib.util.spec_from_file_location("product", Path(__file__).with_name("product.py"))
+    return _module("product")
+
+
+@pytest.fixture(scope="session")
+def backward_product(product: types.ModuleType) -> types.ModuleType:
+    """The module that draws random backward calls, `backward_product.py` beside this file."""
+    return _module("backward_product")
+
+
+def _module(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Where dataclasses look for the annotations of a module.
-    sys.modules["product"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -86,10 +86,10 @@ class Draw:
 def draw(seed: int, where: Where) -> Draw:
     """Return the call with that seed."""
     rng = random.Random(f"{seed} {where}")
-    spec = _spec(rng, where)
-    memory = _memory(rng, spec)
+    spec = draw_spec(rng, where)
+    memory = draw_memory(rng, spec)
     config = _config(rng, spec, memory, where)
-    shapes = tuple(_shape(rng, spec, where, lengths) for lengths in _lengths(rng, where))
+    shapes = tuple(draw_shape(rng, spec, where, lengths) for lengths in draw_lengths(rng, where))
     return Draw(seed=seed, where=where, spec=spec, config=config, shapes=shapes, memory=memory)
 
 
@@ -97,7 +97,8 @@ def _one_of(rng: random.Random, **weights: float) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def _spec(rng: random.Random, where: Where) -> AttentionSpec:
+def draw_spec(rng: random.Random, where: Where) -> AttentionSpec:
+    """Return a spec of the forward phase."""
     dtype = DType(_one_of(rng, fp16=3, bf16=3, fp32=2, tf32=1, fp8=2))
     head_dim_qk = _head_dim(rng, dtype, where)
     bias = typing.cast("typing.Literal['none']", _one_of(rng, none=6, input=1, fp32=1, bool=1))
@@ -159,7 +160,9 @@ def _leaf(rng: random.Random, most: int) -> str:
     return rng.choices([text for text, _ in kinds], [weight for _, weight in kinds])[0]
 
 
-def _memory(rng: random.Random, spec: AttentionSpec) -> tuple[Memory, Memory, Memory]:
+def draw_memory(rng: random.Random, spec: AttentionSpec) -> tuple[Memory, Memory, Memory]:
+    """Return how q, k and v lie in memory."""
+
     def one(*words: Memory) -> Memory:
         return rng.choice(("dense", *words))
 
@@ -198,7 +201,8 @@ def _compiles_for_long(config: TritonForwardConfig, spec: AttentionSpec) -> bool
     return spec.dtype is DType.FP32 and products > 1024
 
 
-def _lengths(rng: random.Random, where: Where) -> list[tuple[int, int]]:
+def draw_lengths(rng: random.Random, where: Where) -> list[tuple[int, int]]:
+    """Return pairs of seqlen_q and seqlen_k: a small one for the interpreter, the API's and others for a GPU."""
     if where == "cpu":
         longest = rng.choice((5, 33, 80))
         return [(rng.randint(1, longest), rng.randint(1, longest))]
@@ -206,7 +210,8 @@ def _lengths(rng: random.Random, where: Where) -> list[tuple[int, int]]:
     return [*pairs, API_LENGTHS[-1]] if rng.random() < 0.03 else pairs
 
 
-def _shape(rng: random.Random, spec: AttentionSpec, where: Where, lengths: tuple[int, int]) -> Shape:
+def draw_shape(rng: random.Random, spec: AttentionSpec, where: Where, lengths: tuple[int, int]) -> Shape:
+    """Return a shape of these lengths that is not too large to be judged quickly."""
     group, nheads_kv, batch = rng.choice((1, 1, 2, 3, 6, 7)), rng.choice((1, 2)), rng.choice((1, 2, 3))
     if max(lengths) > 2000:
         nheads_kv, batch, group = 1, 1, min(group, 2)
@@ -219,13 +224,20 @@ def _shape(rng: random.Random, spec: AttentionSpec, where: Where, lengths: tuple
 
 def tensors_of(drawn: Draw, problem: Problem, device: Where) -> tuple[Tensors, Extras]:
     """Return q, k and v as drawn, NaN in every row that the call does not use, and the extras."""
-    dense = random_inputs(problem, device=device, seed=drawn.seed)
-    extras = random_extras(problem, device=device, seed=drawn.seed)
-    q, k, v = (_laid_out(t, how) for t, how in zip(dense, drawn.memory, strict=True))
+    return spoilt_inputs(problem, drawn.memory, device, drawn.seed)
+
+
+def spoilt_inputs(
+    problem: Problem, memory: tuple[Memory, Memory, Memory], device: Where, seed: int
+) -> tuple[Tensors, Extras]:
+    """Return q, k and v, NaN in every row that the call does not use, and the extras."""
+    dense = random_inputs(problem, device=device, seed=seed)
+    extras = random_extras(problem, device=device, seed=seed)
+    q, k, v = (laid_out(t, how) for t, how in zip(dense, memory, strict=True))
     shape = problem.shape
     entries = batch_entries(problem.spec, extras, batch=shape.batch, seqlen_q=shape.seqlen_q, seqlen_k=shape.seqlen_k)
     # What is shared by all entries cannot be spoilt for one.
-    spoilt = [t for t, how in zip((k, v), drawn.memory[1:], strict=True) if how != "one-entry"]
+    spoilt = [t for t, how in zip((k, v), memory[1:], strict=True) if how != "one-entry"]
     for entry in entries:
         _entry_rows(q, entry.b, entry.rows_q, problem.spec)[..., entry.seqlen_q :, :] = _nan(q)
         for tensor in spoilt:
@@ -242,7 +254,7 @@ def _nan(like: torch.Tensor) -> torch.Tensor:
     return torch.full((), math.nan, device=like.device).to(like.dtype)
 
 
-def _laid_out(tensor: torch.Tensor, how: Memory) -> torch.Tensor:
+def laid_out(tensor: torch.Tensor, how: Memory) -> torch.Tensor:
     """Return the numbers of a [batch, heads, seqlen, head_dim] or [tokens, heads, head_dim] tensor in other memory."""
     heads = 1
     rows = 2 if tensor.dim() == 4 else 0
@@ -286,7 +298,7 @@ def run_on_gpu(drawn: Draw, problem: Problem) -> str:
     out, lse = _poisoned(q, spec)
     if drawn.seed % 2:
         # Out as the caller of a "bshd" layout has it.
-        out = _laid_out(out, "transposed")
+        out = laid_out(out, "transposed")
     tensors = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse} if lse is not None else {})
     refusal = Operands.of(tensors).refusal(config, spec)
     assert refusal is None, refusal

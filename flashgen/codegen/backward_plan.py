@@ -72,6 +72,22 @@ class BackwardPlan(KernelPlan):
         return any(isinstance(leaf, Causal | PrefixLM) for leaf in self.spec.mask.leaves)
 
     @property
+    def guards_rows(self) -> bool:
+        """Whether statistics of rows past the last one are another sequence's, or of no use."""
+        return self.spec.varlen or "q" in self.spec.seqused
+
+    @property
+    def moves_batch(self) -> bool:
+        """Whether a pointer is moved to the batch entry, as those of packed tensors are not."""
+        return not self.spec.varlen or self.spec.bias != "none"
+
+    @property
+    def moves_head(self) -> bool:
+        """Whether the loop over query heads moves a pointer to each of them."""
+        adds_by_pointer = not (self.own_dq or self.dq_descriptor)
+        return not self.descriptor or adds_by_pointer or self.spec.varlen or self.spec.bias != "none"
+
+    @property
     def keys(self) -> str:
         """How many keys of this batch entry have a gradient to be written."""
         return "keys_k" if "k" in self.spec.seqused else "SEQLEN_K"
@@ -192,6 +208,13 @@ class BackwardPlan(KernelPlan):
         return (*loops, ("True", "full_end", "end")) if self.mask.left_edge else loops
 
     @property
+    def row_bounds(self) -> str:
+        """What `q_bounds` returns; `_` before what the loops have no use for."""
+        if self.masks_all:
+            return "start, _full_start, _full_end, end"
+        return f"start, full_start, full_end, {'end' if self.mask.left_edge else '_end'}"
+
+    @property
     def key_loops(self) -> tuple[tuple[str, str, str], ...]:
         """The loops over the keys of one query tile."""
         if self.mask.table:
@@ -234,7 +257,7 @@ class BackwardPlan(KernelPlan):
         strides = tuple(f"stride_{name}{axis}" for name in ("o", "do") for axis in "zhm")
         return EntryPlan(
             name="attn_bwd_delta",
-            arguments=(*tensors, *strides, "nheads_q", "rows"),
+            arguments=(*tensors, *strides, "nheads_q", "rows", "padded_rows"),
             constants=("HEAD_DIM_V", "BLOCK_DV", "BLOCK_ROWS"),
             pointer_types=self.pointer_types,
         )
@@ -251,8 +274,8 @@ class BackwardPlan(KernelPlan):
         boxes |= {"k_desc": ("BLOCK_N1", "BLOCK_DQK"), "v_desc": ("BLOCK_N1", "BLOCK_DV")}
         boxes |= {"dq_desc": ("BLOCK_M1", "BLOCK_DQK")}
         types = dict(self.pointer_types) | {"dq_ptr": "fp32"}
-        lengths = ("max_seqlen_k",) if spec.varlen else ("SEQLEN_Q", "SEQLEN_K")
-        if spec.varlen and self.mask.table:
+        lengths = ("max_seqlen_k",) if spec.varlen else ("SEQLEN_Q", "SEQLEN_K", "padded_rows")
+        if spec.varlen and self.ordered:
             lengths = ("max_seqlen_q", "max_seqlen_k")
         return EntryPlan(
             name="attn_bwd_dkdv",
@@ -296,7 +319,7 @@ class BackwardPlan(KernelPlan):
                 "num_heads_total",
                 "nheads_q",
                 "group",
-                *(("max_seqlen_q",) if self.spec.varlen else ("SEQLEN_Q", "SEQLEN_K")),
+                *(("max_seqlen_q",) if self.spec.varlen else ("SEQLEN_Q", "SEQLEN_K", "padded_rows")),
                 "head_group",
                 *self._sides(table),
             ),
@@ -324,7 +347,7 @@ class BackwardPlan(KernelPlan):
                 "batch",
                 "nheads_q",
                 "group",
-                *(() if self.spec.varlen else ("SEQLEN_Q", "SEQLEN_K")),
+                *(() if self.spec.varlen else ("SEQLEN_Q", "SEQLEN_K", "padded_rows")),
                 "bias_batch",
                 "bias_heads",
                 "bias_rows",

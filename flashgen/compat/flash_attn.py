@@ -1,9 +1,9 @@
 """FlashAttention's functions (flash-attn 2.8): same names, arguments, defaults and results, run by flashgen's kernels.
 
-`from flashgen.compat.flash_attn import flash_attn_func` in place of `from flash_attn import flash_attn_func`. Forward
-only in this version. What differs: more calls are taken (float32, softcap together with dropout, value heads of another
-size than the queries'), `softmax_lse` of a row that sees no key is -inf, and `S_dmask` holds probabilities without any
-other factor.
+`from flashgen.compat.flash_attn import flash_attn_func` in place of `from flash_attn import flash_attn_func`. Out is
+differentiable in q, k and v, once; as there, alibi_slopes, `softmax_lse` and `S_dmask` have no gradient. What differs:
+more calls are taken (float32, softcap together with dropout, value heads of another size than the queries'),
+`softmax_lse` of a row that sees no key is -inf, and `S_dmask` holds probabilities without any other factor.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def flash_attn_func(
             number is no bound.
         softcap: c of c * tanh(score / c); 0 or less is off.
         alibi_slopes: float32 [nheads] or [batch, nheads]; slope * |i + seqlen_k - seqlen_q - j| is taken off a score.
-        deterministic: of the backward pass; forward is always.
+        deterministic: gradients of equal calls are equal bit for bit, as out always is.
         return_attn_probs: also return softmax_lse and S_dmask; the latter is for tests, of quadratic size.
 
     Returns:
@@ -72,7 +72,7 @@ def flash_attn_func(
 
     Raises:
         InputError: for tensors or options that do not fit.
-        UnsupportedError: where a gradient is asked for.
+        UnsupportedError: where a gradient is asked for of head dimensions above 256.
     """
     options = Options(
         dropout_p=dropout_p,
@@ -182,7 +182,7 @@ def flash_attn_varlen_func(
 
     Raises:
         InputError: for tensors or options that do not fit.
-        UnsupportedError: for a block_table, and where a gradient is asked for.
+        UnsupportedError: for a block_table, and where a gradient is asked for of head dimensions above 256.
     """
     if block_table is not None:
         raise UnsupportedError("block_table: this version has no paged keys and values; gather the pages first")

@@ -34,6 +34,11 @@ class Options:
     deterministic: bool
     return_attn_probs: bool
 
+    @property
+    def slopes(self) -> Tensor | None:
+        """ALiBi's slopes without the gradient that FlashAttention does not give them."""
+        return None if self.alibi_slopes is None else self.alibi_slopes.detach()
+
     def rng_state(self, q: Tensor) -> Tensor | None:
         """Return seed and offset of this call's dropout where its pattern must be known afterwards, else None."""
         if not self.return_attn_probs or self.dropout_p <= 0:
@@ -47,7 +52,7 @@ class Options:
             mask=mask & causal_mask() if self.causal else mask,
             softmax_scale=1.0 / math.sqrt(q.shape[-1]) if self.softmax_scale is None else self.softmax_scale,
             softcap=self.softcap,
-            alibi_slopes=self.alibi_slopes,
+            alibi_slopes=self.slopes,
             dropout_p=self.dropout_p,
             rng_state=rng_state,
         )
@@ -73,7 +78,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Output:
         window=options.window,
         softmax_scale=_scale(q, options),
         softcap=options.softcap,
-        alibi_slopes=options.alibi_slopes,
+        alibi_slopes=options.slopes,
         dropout_p=options.dropout_p,
         seed=rng_state,
         layout="bshd",
@@ -83,7 +88,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Output:
     out = _cut_head_dim(out, v)
     if not options.return_attn_probs:
         return out
-    return out, lse, q.new_empty(0) if rng_state is None else options.dropped(q, rng_state).dense(q, k, lse)
+    lse = lse.detach()
+    if rng_state is None:
+        return out, lse, q.new_empty(0)
+    return out, lse, options.dropped(q, rng_state).dense(q.detach(), k.detach(), lse)
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options) -> Output:
@@ -99,7 +107,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Optio
         window=options.window,
         softmax_scale=_scale(q, options),
         softcap=options.softcap,
-        alibi_slopes=options.alibi_slopes,
+        alibi_slopes=options.slopes,
         dropout_p=options.dropout_p,
         seed=rng_state,
         return_lse=True,
@@ -108,10 +116,11 @@ def packed(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Optio
     out = _cut_head_dim(out, v)
     if not options.return_attn_probs:
         return out
+    lse = lse.detach()
     if rng_state is None:
         return out, lse, q.new_empty(0)
     dropped = options.dropped(q, rng_state)
-    return out, lse, dropped.packed(q, k, lse, sequences.cu_seqlens, sequences.longest)
+    return out, lse, dropped.packed(q.detach(), k.detach(), lse, sequences.cu_seqlens, sequences.longest)
 
 
 def window_bounds(window_size: Sequence[int]) -> tuple[int, int]:

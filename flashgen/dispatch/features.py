@@ -10,6 +10,8 @@ from flashgen.spec import AttentionSpec, Mask
 # What the asked kernel has and the measured one had not is work and registers that nobody measured: the worst.
 # What only the measured one had leaves room to spare.
 _MISSING, _SURPLUS, _OTHER_KIND = 4.0, 3.0, 1.0
+# `deterministic` changes no kernel, only which are allowed: what won without it, if allowed, would have won with it.
+_FREER, _STRICTER = 0.125, 0.5
 _MAX_SHOWN = 80
 
 
@@ -20,7 +22,7 @@ class Gap:
     Attributes:
         differences: what differs, a phrase each.
         cost: what entries are ranked by: below 1 for other numbers of the same mask, from 1 on for another mask, from 3
-            on for other features.
+            on for other features; asking for the same bits every time adds little.
     """
 
     differences: tuple[str, ...]
@@ -47,6 +49,8 @@ def _features(spec: AttentionSpec) -> dict[str, str]:
 def _feature_gap(name: str, had: str | None, wanted: str | None) -> tuple[str, float]:
     if had == wanted:
         return "", 0.0
+    if name == "deterministic":
+        return (f"measured without {wanted}", _FREER) if wanted else (f"measured with {had}", _STRICTER)
     if had is None:
         return f"measured without {_shown(wanted)}", _MISSING
     if wanted is None:

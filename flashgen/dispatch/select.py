@@ -221,7 +221,7 @@ def _ranks_lower(candidate: _Candidate) -> Refusal:
 
 
 def _untuned_candidates(problem: Problem, target: GpuTarget) -> list[_Candidate]:
-    safe = safe_configs()
+    safe = safe_configs(problem.spec.phase)
     configs = default_configs(problem, target)
     rungs: list[Rung] = ["safe default" if config in safe else "heuristic" for config in configs]
     return [

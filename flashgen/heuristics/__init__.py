@@ -1,5 +1,5 @@
 """What to run where nothing was tuned."""
 
-from flashgen.heuristics.forward import default_configs, safe_configs
+from flashgen.heuristics.defaults import default_configs, safe_configs
 
 __all__ = ["default_configs", "safe_configs"]

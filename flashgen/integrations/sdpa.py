@@ -37,7 +37,7 @@ def scaled_dot_product_attention(
     """Return what `torch.nn.functional.scaled_dot_product_attention` returns for the same arguments.
 
     A row that sees no key is 0. Head dimensions that no kernel has (not multiples of 8, or below 16) are padded with
-    zeros, which costs a copy. Forward only in this version.
+    zeros, which costs a copy. Differentiable in query, key, value and an attn_mask of numbers, once.
 
     Args:
         query: [..., L, E] with any number of leading dimensions; the last of them is the heads. float16, bfloat16 or
@@ -57,7 +57,8 @@ def scaled_dot_product_attention(
 
     Raises:
         SdpaInputError: for what PyTorch refuses as well; it is a RuntimeError, too.
-        UnsupportedError: where a gradient is asked for, for nested tensors, head dimensions above 512, other types.
+        UnsupportedError: for nested tensors, other types, head dimensions above 512, or above 256 where a gradient is
+            asked for.
         NoKernelError: if nothing can run the call.
     """
     _check_tensors(query, key, value)

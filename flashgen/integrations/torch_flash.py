@@ -5,14 +5,12 @@
     ...
     torch.nn.attention.restore_flash_attention_impl()
 
-Calls for which the registries hold a tuned kernel run by flashgen, all others by PyTorch's kernel as before. Gradients
-come from PyTorch's own flash backward, which recomputes the probabilities from the log-sum-exp that flashgen's forward
-leaves it.
+Calls for which the registries hold a tuned kernel run by flashgen, all others by PyTorch's kernel as before: each phase
+for itself, as the gradients are computed from the log-sum-exp and out, whoever they come from.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import typing
 import warnings
@@ -23,8 +21,9 @@ from torch.library import Library
 
 from flashgen.dispatch import Rung, Selection
 from flashgen.errors import FlashgenError, UnsupportedError
+from flashgen.integrations.torch_flash_calls import Cuts, FlashOptions, Original, layout_of, takes
+from flashgen.integrations.torch_flash_gradients import flash_backward, sdpa_backward
 from flashgen.ops import attention, attention_varlen, explain
-from flashgen.ops.call import Layout
 from flashgen.registry import generation
 
 NAME = "flashgen"
@@ -33,7 +32,6 @@ NAME = "flashgen"
 TUNED: frozenset[Rung] = frozenset(("exact", "other software", "nearest", "other device", "other features"))
 """Choices founded on a measurement; for others PyTorch's kernel is the better bet."""
 
-_DTYPES = (torch.float16, torch.bfloat16)
 _MEMO_LIMIT = 8192
 _tuned: dict[tuple[object, ...], bool] = {}
 
@@ -66,12 +64,6 @@ class Handle:
         self._library = None
 
 
-class _Original(typing.Protocol):
-    """PyTorch's own kernel of an operator."""
-
-    def call_boxed(self, keyset: torch.DispatchKeySet, *args: typing.Any, **kwargs: typing.Any) -> typing.Any: ...
-
-
 def activate() -> Handle:
     """Put flashgen before PyTorch's flash kernels; `activate_flash_attention_impl` calls it.
 
@@ -90,11 +82,17 @@ def activate() -> Handle:
         ):
             original = torch.library.get_kernel(f"aten::{name}", "CUDA")
             library.impl(name, functools.partial(forward, original), "CUDA", with_keyset=True)
+        for name, backward in (
+            ("_scaled_dot_product_flash_attention_backward", sdpa_backward),
+            ("_flash_attention_backward", flash_backward),
+        ):
+            original = torch.library.get_kernel(f"aten::{name}", "CUDA")
+            library.impl(name, functools.partial(backward, original, _is_tuned), "CUDA", with_keyset=True)
     return Handle(library)
 
 
 def sdpa_forward(
-    original: _Original,
+    original: Original,
     keyset: torch.DispatchKeySet,
     query: Tensor,
     key: Tensor,
@@ -108,7 +106,7 @@ def sdpa_forward(
     """Return what aten::_scaled_dot_product_flash_attention does: tensors are [batch, heads, seqlen, head_dim]."""
     result = None
     if not dropout_p and not return_debug_mask:
-        result = _dense(query, key, value, _Options(causal=is_causal, scale=scale))
+        result = _dense(query, key, value, FlashOptions(causal=is_causal, scale=scale))
     if result is None:
         return original.call_boxed(keyset, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale)
     out, lse, *rest = result
@@ -116,7 +114,7 @@ def sdpa_forward(
 
 
 def flash_forward(
-    original: _Original,
+    original: Original,
     keyset: torch.DispatchKeySet,
     query: Tensor,
     key: Tensor,
@@ -136,13 +134,13 @@ def flash_forward(
     not known here goes to PyTorch's kernel with the rest.
     """
     result = None
-    asked = _Options.read(is_causal, options)
+    asked = FlashOptions.read(is_causal, options)
     if asked is not None and not dropout_p and not return_debug_mask:
         if cum_seq_q is None and cum_seq_k is None and asked.seqused_k is None:
             result = _dense(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), asked)
             result = result and (result[0].transpose(1, 2), *result[1:])
         elif cum_seq_q is not None and cum_seq_k is not None:
-            result = _packed(query, key, value, _Cuts(cum_seq_q, cum_seq_k, max_q, max_k), asked)
+            result = _packed(query, key, value, Cuts(cum_seq_q, cum_seq_k, max_q, max_k), asked)
     if result is not None:
         return result
     return original.call_boxed(
@@ -161,43 +159,10 @@ def flash_forward(
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Options:
-    """What a call asks for besides Q, K and V."""
-
-    causal: bool
-    scale: float | None
-    window: tuple[int, int] = (-1, -1)
-    seqused_k: Tensor | None = None
-
-    @classmethod
-    def read(cls, causal: bool, options: dict[str, typing.Any]) -> _Options | None:
-        """Return the operator's keyword arguments, or None if one is given that flashgen does not take."""
-        known = ("scale", "window_size_left", "window_size_right", "seqused_k")
-        if any(value is not None for name, value in options.items() if name not in known):
-            return None
-        left, right = (options.get(f"window_size_{side}") for side in ("left", "right"))
-        return cls(
-            causal=causal,
-            scale=options.get("scale"),
-            window=(-1 if left is None else max(left, -1), -1 if right is None else max(right, -1)),
-            seqused_k=options.get("seqused_k"),
-        )
-
-
-class _Cuts(typing.NamedTuple):
-    """Where packed sequences lie, as `attention_varlen` takes it."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> _Forward | None:
+def _dense(query: Tensor, key: Tensor, value: Tensor, options: FlashOptions) -> _Forward | None:
     """Return the outputs for [batch, heads, seqlen, head_dim] tensors, or None where PyTorch's kernel is to run."""
-    layout = _layout_of(query)
-    if layout is None or not _takes(query, key, value):
+    layout = layout_of(query)
+    if layout is None or not takes(query, key, value):
         return None
     q, k, v = (t if layout == "bhsd" else t.transpose(1, 2) for t in (query, key, value))
     memo = (
@@ -226,9 +191,9 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> _For
     return _outputs(out if layout == "bhsd" else out.transpose(1, 2), lse, may_be_blind)
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, cuts: _Cuts, options: _Options) -> _Forward | None:
+def _packed(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, options: FlashOptions) -> _Forward | None:
     """Return the outputs for packed [tokens, heads, head_dim] tensors, or None where PyTorch's kernel is to run."""
-    if not query.is_contiguous() or not _takes(query, key, value):
+    if not query.is_contiguous() or not takes(query, key, value):
         return None
     seqused_k = options.seqused_k
     memo = (
@@ -264,26 +229,6 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, cuts: _Cuts, options: _Op
             seqused_k=seqused_k,
         )
     return _outputs(out, lse, True)
-
-
-def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
-        return False
-    if query.numel() == 0 or key.numel() == 0:
-        return False
-    # flashgen's functions follow autocast, and this operator does not.
-    kind = query.device.type
-    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == query.dtype
-
-
-def _layout_of(query: Tensor) -> Layout | None:
-    """Return the layout whose dense out has the order of query's strides, which PyTorch's compiler relies on."""
-    of_batch, of_head, of_row, of_column = query.stride()
-    if of_column != 1:
-        return None
-    if of_batch >= of_head >= of_row:
-        return "bhsd"
-    return "bshd" if of_batch >= of_row >= of_head else None
 
 
 def _is_tuned(memo: tuple[object, ...], choice: typing.Callable[[], Selection]) -> bool:

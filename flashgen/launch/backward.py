@@ -84,6 +84,10 @@ class BackwardCall:
         self._scale = extras.softmax_scale
         self._side = SideTensors(self.plan)
         operands = Operands(**{name: self.layouts[name] for name in ("q", "k", "v", "out")})
+        rows = self.layouts["q"].size[2]
+        whole = max(self.constants["BLOCK_M1"], self.constants["BLOCK_M2"])
+        # Packed sequences follow each other without a gap.
+        self._padded_rows = rows if problem.spec.varlen else -(-rows // whole) * whole
         self._values = launch_values(problem, config, operands, extras) | self._numbers()
 
     def _numbers(self) -> dict[str, int | float]:
@@ -94,6 +98,7 @@ class BackwardCall:
             "nheads_kv": shape.nheads_kv,
             "max_seqlen_k": shape.seqlen_k,
             "rows": rows,
+            "padded_rows": self._padded_rows,
         }
         for name, row in _STRIDED.items():
             for axis, stride in zip(("z", "h", row), self.layouts[name].stride, strict=False):
@@ -116,9 +121,9 @@ class BackwardCall:
             InputError: if it is past what a GPU can launch.
         """
         shape, blocks = self._problem.shape, self.constants
-        tokens, batch = self.layouts["q"].size[2], self.layouts["q"].size[0]
         if entry.name == "attn_bwd_delta":
-            tiles = -(-tokens // blocks["BLOCK_ROWS"]) * batch * shape.nheads_q
+            batch = self.layouts["q"].size[0]
+            tiles = -(-self._padded_rows // blocks["BLOCK_ROWS"]) * batch * shape.nheads_q
         elif entry.name == "attn_bwd_dkdv":
             tiles = -(-shape.seqlen_k // blocks["BLOCK_N1"]) * shape.batch * shape.nheads_kv
         elif entry.name == "attn_bwd_dq":
@@ -132,11 +137,11 @@ class BackwardCall:
     def with_scratch(self, tensors: Tensors, extras: Extras) -> dict[str, torch.Tensor]:
         """Return all tensors of a call by their names in the kernels; what is only needed meanwhile is made here.
 
-        It is linear in the lengths: float32 lse2 and delta as lse, dQ in float32 where key tiles add to it.
+        It is linear in the lengths: float32 lse2 and delta like lse, up to whole tiles, dQ in float32 where key tiles add to it.
         """
         given = dict(tensors)
-        given["lse2"], given["delta"] = torch.empty_like(given["lse"]), torch.empty_like(given["lse"])
-        q = given["q"]
+        lse, q = given["lse"], given["q"]
+        given |= {name: lse.new_empty((*lse.shape[:-1], self._padded_rows)) for name in ("lse2", "delta")}
         if not self.plan.own_dq:
             given["dq_out"] = given["dq"]
             given["dq"] = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -158,7 +163,9 @@ class BackwardCall:
     def after(self, entry_name: str, given: dict[str, torch.Tensor]) -> None:
         """Do what follows one kernel: the part of lse's own gradient in delta, dQ from its float32 sums."""
         if entry_name == "attn_bwd_delta" and "dlse" in given:
-            given["delta"].sub_(given["dlse"])
+            # Where a row sees nothing the gradient of its lse may be NaN, and weighs nothing.
+            dlse = given["dlse"].masked_fill(given["lse"] == float("-inf"), 0.0)
+            given["delta"][..., : dlse.shape[-1]].sub_(dlse)
         if entry_name == "attn_bwd_dkdv" and "dq_out" in given:
             torch.mul(given["dq"], self._scale, out=given["dq_out"])
 

@@ -6,6 +6,6 @@ from flashgen.ops.cpu import interpreting
 from flashgen.ops.explaining import explain
 from flashgen.ops.functional import attention
 from flashgen.ops.varlen import attention_varlen
-from flashgen.ops.warming import run_problem, warmup
+from flashgen.ops.warming import run_backward, run_problem, warmup
 
-__all__ = ["attention", "attention_varlen", "explain", "interpreting", "run_problem", "warmup"]
+__all__ = ["attention", "attention_varlen", "explain", "interpreting", "run_backward", "run_problem", "warmup"]

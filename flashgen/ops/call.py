@@ -37,8 +37,9 @@ class Tensors(typing.NamedTuple):
 
     @classmethod
     def of(cls, extras: Extras) -> Tensors:
-        """Return the tensors of a call whose extras are known."""
-        return cls(**{name: getattr(extras, name) for name in cls._fields})
+        """Return the tensors of a call whose extras are known; `NO_TENSORS` where there are none."""
+        found = cls(**{name: getattr(extras, name) for name in cls._fields})
+        return NO_TENSORS if not found.captures and all(t is None for t in found[:-1]) else found
 
 
 NO_TENSORS = Tensors()
@@ -56,6 +57,7 @@ class Options(typing.NamedTuple):
         dropout_p: share of the probabilities that is dropped.
         layout: `bhsd`, `bshd`, or `thd` for packed sequences.
         return_lse: whether lse is asked for.
+        deterministic: whether gradients must be equal bit for bit from run to run.
         config: a kernel config as text, or empty.
         registry: a path to look in first, or empty.
     """
@@ -69,6 +71,7 @@ class Options(typing.NamedTuple):
     dropout_p: float
     layout: str
     return_lse: bool
+    deterministic: bool
     config: str
     registry: str
 
@@ -93,6 +96,7 @@ class Options(typing.NamedTuple):
             dropout_p=extras.dropout_p,
             layout=PACKED if spec.varlen else layout,
             return_lse=spec.lse,
+            deterministic=spec.deterministic,
             config=config,
             registry=registry,
         )

@@ -10,11 +10,13 @@ from flashgen.codegen import KernelConfig
 from flashgen.dispatch import Selection
 from flashgen.errors import InputError
 from flashgen.launch import detect_target
+from flashgen.ops.backward_runtime import backward_problem, expected_layouts
 from flashgen.ops.call import PACKED, Layout
 from flashgen.ops.checks import check_layout, problem_of
 from flashgen.ops.cpu import INTERPRETED_AS
 from flashgen.ops.request import MaskLike, Request, ScoreModLike, arguments_of
-from flashgen.ops.runtime import choose, operands_of
+from flashgen.ops.runtime import Layouts, choose, operands_of
+from flashgen.spec.problem import PHASES, Phase
 
 
 def explain(
@@ -47,12 +49,16 @@ def explain(
     v_descale: torch.Tensor | float | None = None,
     seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
+    phase: Phase = "forward",
 ) -> Selection:
     """Return which kernel `attention` would run for the same call, from which entry, and why not the others.
 
     Given what `attention_varlen` takes, the answer is for that. For CPU tensors it is for `sm_90`, as in the
-    interpreter. Arguments and errors are those of the two functions.
+    interpreter. Arguments and errors are those of the two functions, but for `phase`: `backward` asks for the kernels
+    of the gradients, that of the bias among them where it requires one; `config` is then one of theirs.
     """
+    if phase not in PHASES:
+        raise InputError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if not packed:
         check_layout(layout)
@@ -74,6 +80,7 @@ def explain(
         seed=seed,
         layout=PACKED if packed else layout,
         return_lse=return_lse,
+        deterministic=deterministic,
         config=config,
         registry=registry,
         q_descale=q_descale,
@@ -87,8 +94,14 @@ def explain(
         seqused_k=seqused_k,
     )
     tensors, options = arguments_of(q, k, request)
-    problem = problem_of(q, k, v, tensors, options)
+    layouts: Layouts
+    if phase == "backward":
+        dbias = tensors.bias is not None and tensors.bias.requires_grad
+        problem = backward_problem(q, k, v, tensors, options, dbias)
+        layouts = expected_layouts(q, k, v, options.layout)
+    else:
+        problem = problem_of(q, k, v, tensors, options)
+        layouts = operands_of(q, k, v, problem, options.layout)
     if not q.is_cuda:
         return choose(problem, INTERPRETED_AS, options)
-    operands = operands_of(q, k, v, problem, options.layout)
-    return choose(problem, detect_target(q.device), options, operands)
+    return choose(problem, detect_target(q.device), options, layouts)

@@ -1,4 +1,4 @@
-"""The flops of the operator, for `torch.utils.flop_counter`."""
+"""The flops of the operators, for `torch.utils.flop_counter`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typing
 import torch
 import torch.utils.flop_counter
 
+from flashgen.ops.backward_op import split_backward
 from flashgen.ops.call import Options, Tensors, heads_first
 from flashgen.ops.torch_op import split_arguments
 from flashgen.spec import parse_mask
@@ -25,9 +26,20 @@ def attention_forward_flops(
     Packed sequences count as long as they are, or as `max_seqlen` where nothing can be read of them.
     """
     tensors, options = split_arguments(rest)
+    return 2 * _pairs(q, k, tensors, options) * (q.shape[-1] + v.shape[-1])
+
+
+def attention_backward_flops(*operands: typing.Any, out_val: object = None) -> int:
+    """Return the same of the five products of a backward pass, of which the scores are computed once more."""
+    given, tensors, options, _ = split_backward(operands)
+    return 2 * _pairs(given.q, given.k, tensors, options) * (3 * given.q.shape[-1] + 2 * given.v.shape[-1])
+
+
+def _pairs(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, options: Options) -> int:
+    """Return how many pairs of a query and a key are visible over all heads."""
     mask = parse_mask(options.mask)
     pairs = sum(mask.visible_pairs(sq, sk) for sq, sk in _lengths(q, k, tensors, options))
-    return 2 * pairs * (q.shape[-1] + v.shape[-1]) * heads_first(q, options.layout).shape[1]
+    return pairs * heads_first(q, options.layout).shape[1]
 
 
 def _lengths(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, options: Options) -> typing.Iterable[tuple[int, int]]:
@@ -41,6 +53,8 @@ def _lengths(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, options: Option
     return zip(*([b - a for a, b in itertools.pairwise(t.tolist())] for t in starts if t is not None), strict=True)
 
 
-torch.utils.flop_counter.register_flop_formula(torch.ops.flashgen.attention_forward, get_raw=True)(
-    attention_forward_flops
-)
+for _operator, _formula in (
+    (torch.ops.flashgen.attention_forward, attention_forward_flops),
+    (torch.ops.flashgen.attention_backward, attention_backward_flops),
+):
+    torch.utils.flop_counter.register_flop_formula(_operator, get_raw=True)(_formula)

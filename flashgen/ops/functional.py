@@ -9,8 +9,10 @@ import torch
 from torch.autograd import forward_ad
 
 from flashgen.codegen import KernelConfig
+from flashgen.ops.autograd import run
 from flashgen.ops.call import NO_TENSORS, PACKED, Layout, Options, encode_config
 from flashgen.ops.checks import check_layout
+from flashgen.ops.gradients import check_gradients
 from flashgen.ops.request import (
     PLAIN_MASKS,
     MaskLike,
@@ -20,9 +22,7 @@ from flashgen.ops.request import (
     autocast,
     autocast_bias,
     combine_masks,
-    refuse_gradients,
 )
-from flashgen.ops.torch_op import run
 
 
 @typing.overload
@@ -109,8 +109,11 @@ def attention(
     """Return exact attention, softmax(softmax_scale * q k^T, modified and masked) v, by the best kernel known for it.
 
     A score is scaled, then capped, given to `score_mod`, added to bias and ALiBi, then masked. Grouped heads need no
-    expanding: `nheads_q` is any multiple of `nheads_kv`. A row that sees no key gives 0 and lse -inf. Forward only in
-    this version.
+    expanding: `nheads_q` is any multiple of `nheads_kv`. A row that sees no key gives 0 and lse -inf.
+
+    Differentiable, out and lse, in q, k, v, a bias of numbers and sinks, for head dimensions up to 256 and all dtypes
+    but float8; not twice. What is kept for the backward pass are the inputs, out and lse: nothing of size seqlen_q x
+    seqlen_k. It runs the kernels that are best known for it, whatever `config` says of the forward pass.
 
     Args:
         q: [batch, nheads_q, seqlen_q, head_dim_qk] (`bhsd`) or [batch, seqlen_q, nheads_q, head_dim_qk] (`bshd`);
@@ -135,8 +138,9 @@ def attention(
             from PyTorch's generator of the device.
         layout: order of the dimensions of q, k, v and out.
         return_lse: also return the natural-log log-sum-exp, float32 [batch, nheads_q, seqlen_q].
-        deterministic: equal calls give equal bits; the forward pass always does.
-        config: run exactly this kernel configuration.
+        deterministic: gradients of equal calls are equal bit for bit, as out always is; also where
+            `torch.use_deterministic_algorithms(True)` is in force during the backward pass.
+        config: run the forward pass by exactly this kernel configuration.
         registry: a registry file or folder to look in first.
         q_descale, k_descale, v_descale: factors of fp8 q, k and v per (batch, key/value head), [batch, nheads_kv] or
             what broadcasts to it.
@@ -146,7 +150,8 @@ def attention(
 
     Raises:
         InputError: for tensors or options that do not fit; the message says what is allowed.
-        UnsupportedError: where a gradient is asked for.
+        UnsupportedError: where a gradient is asked for that does not exist: of alibi_slopes, of tensors that a mask or
+            score_mod captures, of descale factors, of float8 or wider heads.
         ConfigError: if `config` is illegal here.
         NoKernelError: if nothing can run the call; the message lists why.
 
@@ -167,7 +172,7 @@ def attention(
         text = "causal" if causal else "full"
         if mask is not None or window != (-1, -1):
             text = str(combine_masks(causal, window, mask))
-        return _plain_call(q, k, v, text, softmax_scale, layout, return_lse, config, registry)
+        return _plain_call(q, k, v, text, softmax_scale, layout, return_lse, deterministic, config, registry)
     check_layout(layout)
     request = Request(
         causal=causal,
@@ -183,6 +188,7 @@ def attention(
         seed=seed,
         layout=layout,
         return_lse=return_lse,
+        deterministic=deterministic,
         config=config,
         registry=registry,
         q_descale=q_descale,
@@ -203,7 +209,8 @@ def call(
     tensors, options = arguments_of(q, k, request)
     if autocasts and tensors.bias is not None:
         tensors = tensors._replace(bias=autocast_bias(kind, tensors.bias))
-    refuse_gradients(q, k, v, *tensors[:-1], *tensors.captures)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        check_gradients(q, k, v, tensors)
     out, lse = run(q, k, v, tensors, options)
     return out if lse is None else (out, lse)
 
@@ -216,14 +223,16 @@ def _plain_call(
     softmax_scale: float | None,
     layout: str,
     return_lse: bool,
+    deterministic: bool,
     config: KernelConfig | None,
     registry: str | os.PathLike[str] | None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Return the same for a call of nothing but Q, K and V, by the shortest way."""
     if layout == PACKED:
         check_layout(layout)
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        refuse_gradients(q, k, v)
+    asked = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if asked or forward_ad._current_level >= 0:
+        check_gradients(q, k, v)
     kind = "cuda" if q.is_cuda else "cpu"
     if torch.is_autocast_enabled(kind):
         q, k, v = autocast(kind, q, k, v)
@@ -237,6 +246,7 @@ def _plain_call(
         0.0,
         layout,
         return_lse,
+        deterministic,
         encode_config(config),
         "" if registry is None else os.fspath(registry),
     )

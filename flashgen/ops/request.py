@@ -9,10 +9,9 @@ import typing
 from collections.abc import Callable
 
 import torch
-from torch.autograd import forward_ad
 
 from flashgen.codegen import KernelConfig
-from flashgen.errors import InputError, UnsupportedError
+from flashgen.errors import InputError
 from flashgen.ops.call import PACKED, Options, Tensors, encode_config
 from flashgen.ops.reading import read_once
 from flashgen.ops.rng import dropout_state
@@ -48,6 +47,7 @@ class Request(typing.NamedTuple):
     seed: int | torch.Tensor | None = None
     layout: str = "bhsd"
     return_lse: bool = False
+    deterministic: bool = False
     config: KernelConfig | None = None
     registry: str | os.PathLike[str] | None = None
     q_descale: torch.Tensor | float | None = None
@@ -95,6 +95,7 @@ def arguments_of(q: torch.Tensor, k: torch.Tensor, request: Request) -> tuple[Te
         dropout_p=float(request.dropout_p),
         layout=request.layout,
         return_lse=request.return_lse,
+        deterministic=bool(request.deterministic),
         config=encode_config(request.config),
         registry="" if request.registry is None else os.fspath(request.registry),
     )
@@ -177,23 +178,6 @@ def score_mod_value(score_mod: ScoreModLike | None) -> ModFunction | None:
             f"score_mod must be a plain Python function of (score, b, h, q_idx, kv_idx), got {type(score_mod).__name__}"
         )
     return score_mod
-
-
-def refuse_gradients(*tensors: torch.Tensor | None) -> None:
-    """Refuse what this version has no derivative for.
-
-    Raises:
-        UnsupportedError: if one of the tensors requires a gradient or carries a tangent.
-    """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise UnsupportedError(
-            "this version of flashgen has no backward pass, and an input requires a gradient; call under "
-            "torch.no_grad(), or detach the inputs"
-        )
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise UnsupportedError("flashgen has no forward-mode derivative (torch.func.jvp); detach the inputs")
 
 
 def autocast(kind: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

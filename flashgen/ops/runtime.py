@@ -6,6 +6,7 @@ import collections.abc
 import dataclasses
 import functools
 import logging
+import typing
 from pathlib import Path
 
 import torch
@@ -115,13 +116,21 @@ def _with_inputs(change: _Change, options: Options) -> Runner:
     return run
 
 
-def choose(problem: Problem, target: GpuTarget, options: Options, operands: Operands | None = None) -> Selection:
-    """Return the selection for a call; with `operands`, only configs that can read them and compile."""
+class Layouts(typing.Protocol):
+    """How the tensors of a call lie in memory."""
+
+    def refusal(self, config: KernelConfig, spec: AttentionSpec) -> str | None:
+        """Return why a config cannot run on these layouts, or None."""
+        ...
+
+
+def choose(problem: Problem, target: GpuTarget, options: Options, layouts: Layouts | None = None) -> Selection:
+    """Return the selection for a call; with `layouts`, only configs that can read them and compile."""
 
     def usable(candidate: KernelConfig) -> str | None:
-        if operands is None:
+        if layouts is None:
             return None
-        return operands.refusal(candidate, problem.spec) or _compile_refusal(problem.spec, candidate, target)
+        return layouts.refusal(candidate, problem.spec) or _compile_refusal(problem.spec, candidate, target)
 
     return select(
         problem,
@@ -224,23 +233,23 @@ class _Bound:
             self._launch(q, k, v, out, lse)
             return
         extras = extras_of(self._problem, tensors, self._options)
-        if extras.cu_seqlens_q is not None and not sequences_fill(q, k, tensors, self._options):
+        if extras.cu_seqlens_q is not None and not sequences_fill(q, k, tensors, self._options)[0]:
             # A kernel writes the rows of sequences alone.
             fill_unseen(out, lse)
         table = forward_table(self._problem, self._config, extras, self._device)
         self._launch(q, k, v, out, lse, *self._side_tensors(extras, table))
 
 
-def sequences_fill(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, options: Options) -> bool:
-    """Check where packed sequences lie, and return whether every query surely belongs to one.
+def sequences_fill(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, options: Options) -> tuple[bool, bool]:
+    """Check where packed sequences lie, and return whether every query, and every key, surely belongs to one.
 
     Raises:
         InputError: see `check_cuts`.
     """
     assert tensors.cu_seqlens_q is not None
     assert tensors.cu_seqlens_k is not None
-    check_cuts("cu_seqlens_k", tensors.cu_seqlens_k, k.shape[0], options.max_seqlen_k)
-    return check_cuts("cu_seqlens_q", tensors.cu_seqlens_q, q.shape[0], options.max_seqlen_q)
+    keys = check_cuts("cu_seqlens_k", tensors.cu_seqlens_k, k.shape[0], options.max_seqlen_k)
+    return check_cuts("cu_seqlens_q", tensors.cu_seqlens_q, q.shape[0], options.max_seqlen_q), keys
 
 
 def extras_need_side(extras: Extras) -> bool:

@@ -1,4 +1,4 @@
-"""`torch.ops.flashgen.attention_forward`: one raw operator that holds the dispatcher.
+"""`torch.ops.flashgen.attention_forward`: a raw operator that holds the dispatcher.
 
 Raw (`Library.define`) and not `custom_op`, which costs 2 us more a call; not `triton_op`, which freezes the choice of
 kernel at trace time.
@@ -17,28 +17,26 @@ from flashgen.ops.cpu import forward_cpu
 from flashgen.ops.runtime import Outputs, Runner, prepare, say_copied
 from flashgen.registry import generation
 
-_SCHEMA = (
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
-    "Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
-    "Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, Tensor[] captures, "
+SIDE_SCHEMA = (
+    "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqused_q, Tensor? seqused_k, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, Tensor[] captures, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, str mask, str score_mod, float? softmax_scale, float softcap, "
-    "float dropout_p, str layout, bool return_lse, str config, str registry) -> (Tensor, Tensor)"
+    "float dropout_p, str layout, bool return_lse, bool deterministic, str config, str registry"
 )
+"""What the operators of both phases take after their own tensors: the fields of `Tensors`, then of `Options`."""
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _NUM_TENSORS = len(Tensors._fields)
 # Lengths change from call to call in some programs: past this many kinds of call, the memo starts anew.
 _MEMO_LIMIT = 8192
 _memo: dict[tuple[object, ...], Runner] = {}
 
 
-def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, options: Options) -> Outputs:
-    """Return out, and lse where asked for: through PyTorch's dispatcher where it has a part in the call.
-
-    Where it has none the body is called directly, which saves a third of the host's time.
-    """
-    if torch.compiler.is_compiling() or not _plain(q, k, v, tensors):
-        out, lse = torch.ops.flashgen.attention_forward(q, k, v, *arguments(tensors, options))
-        return out, lse if options.return_lse else None
-    return forward(q, k, v, tensors, options)
+def run_forward_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the operator does: through PyTorch's dispatcher, which has its part in the call."""
+    out, lse = torch.ops.flashgen.attention_forward(q, k, v, *arguments(tensors, options))
+    return out, lse
 
 
 def arguments(tensors: Tensors, options: Options) -> tuple[typing.Any, ...]:
@@ -52,8 +50,8 @@ def split_arguments(rest: tuple[typing.Any, ...]) -> tuple[Tensors, Options]:
     return tensors._replace(captures=tuple(tensors.captures)), Options(*rest[_NUM_TENSORS:])
 
 
-def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> bool:
-    """Return whether no subclass, mode, function transform or profiler wants to see the operator."""
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> bool:
+    """Return whether no subclass, mode, function transform or profiler wants to see an operator on these tensors."""
     return (
         type(q) is torch.Tensor
         and type(k) is torch.Tensor
@@ -67,7 +65,7 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) 
 
 
 def _all_plain(tensors: Tensors) -> bool:
-    # Parameters are plain enough: nothing is dispatched on them where no gradient is asked for.
+    # Parameters are plain enough: nothing is dispatched on them.
     kinds = (torch.Tensor, torch.nn.Parameter)
     return all(t is None or type(t) in kinds for t in tensors[:-1]) and all(type(t) in kinds for t in tensors.captures)
 
@@ -87,7 +85,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), dtype, k.dtype, v.dtype,
         q.device, k.device, v.device, options, generation(),
         dtype is torch.float32 and tf32_allowed(),
-        None if tensors is NO_TENSORS else _kinds(tensors),
+        None if tensors is NO_TENSORS else kinds_of(tensors),
     )  # fmt: skip
     runner = _memo.get(key)
     if runner is None:
@@ -98,7 +96,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
     return runner(q, k, v, tensors)
 
 
-def _kinds(tensors: Tensors) -> tuple[object, ...]:
+def kinds_of(tensors: Tensors) -> tuple[object, ...]:
     """Return what of the tensors a launch is bound to."""
     named = tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors[:-1])
     captured = tuple((t.shape, t.dtype, t.device) for t in tensors.captures)
@@ -128,7 +126,7 @@ def _fake_forward(
 
 
 library = torch.library.Library("flashgen", "DEF")
-library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {SIDE_SCHEMA}) -> (Tensor, Tensor)", tags=TAGS)
 # What runs inside a compiled function would be compiled, too: tables of tiles, the eager reference.
 library.impl("attention_forward", _disable_dynamo(_forward_op), "CompositeExplicitAutograd")
 torch.library.register_fake("flashgen::attention_forward", _fake_forward, lib=library)

@@ -145,6 +145,7 @@ def attention_varlen(
         seed=seed,
         layout=PACKED,
         return_lse=return_lse,
+        deterministic=deterministic,
         config=config,
         registry=registry,
         q_descale=q_descale,

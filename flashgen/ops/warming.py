@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from flashgen.errors import InputError
-from flashgen.measure import random_extras, random_inputs
+from flashgen.measure import Gradients, random_extras, random_inputs
+from flashgen.ops.autograd import run
+from flashgen.ops.backward_op import run_backward_op
+from flashgen.ops.backward_runtime import BackwardInputs
 from flashgen.ops.call import LAYOUTS, Layout, Options, Tensors, heads_first
 from flashgen.ops.checks import check_layout
+from flashgen.ops.gradients import sink_gradient
 from flashgen.ops.runtime import Outputs
-from flashgen.ops.torch_op import run
 from flashgen.spec import DType, Extras, Problem, parse_problem
 
 
@@ -22,7 +25,8 @@ def warmup(
     """Choose, compile and load the kernels for `problems`, so that a CUDA graph capture finds them ready.
 
     Args:
-        problems: problems, or their text (`b=4 hq=32 hkv=8 sq=4096 sk=4096 d=128 causal bf16`).
+        problems: problems, or their text (`b=4 hq=32 hkv=8 sq=4096 sk=4096 d=128 causal bf16`); one of the backward
+            phase (`... bf16 backward`) prepares a training step: the forward pass with lse, and the gradients.
         device: the GPU that will run them.
         layout: of dense tensors; both when not given. Calls with other strides are prepared on their first use, and
             masks that only their tensors bound need one call on those.
@@ -42,12 +46,18 @@ def warmup(
 
 def _run_once(problem: Problem, layout: Layout, device: torch.device) -> None:
     q, k, v = (heads_first(t, layout) for t in random_inputs(problem, device=device, seed=0, layout=layout))
-    tensors = Tensors.of(random_extras(problem, device=device, seed=0))
-    options = Options.of(problem, random_extras(problem, device=device, seed=0), layout=layout)
-    with products_of(problem.spec.dtype):
-        for return_lse in (False, True):
-            # What the memo knows calls of the default scale by is None.
-            run(q, k, v, tensors, options._replace(softmax_scale=None, return_lse=return_lse))
+    extras = random_extras(problem, device=device, seed=0)
+    # What the memo knows calls of the default scale by is None.
+    options = Options.of(problem, extras, layout=layout)._replace(softmax_scale=None)
+    tensors = Tensors.of(extras)
+    with torch.no_grad(), products_of(problem.spec.dtype):
+        if problem.spec.phase == "forward":
+            run(q, k, v, tensors, options._replace(return_lse=False))
+        out, lse = run(q, k, v, tensors, options._replace(return_lse=True))
+        if problem.spec.phase == "backward":
+            assert lse is not None
+            given = BackwardInputs(q, k, v, out, lse, torch.zeros_like(out), None)
+            run_backward_op(given, tensors, options._replace(return_lse=True), problem.spec.dbias)
 
 
 def run_problem(
@@ -65,15 +75,67 @@ def run_problem(
 
     Args:
         q, k, v: in the order of `layout`, or packed.
-        problem: what the tensors pose.
+        problem: what the tensors pose, of the forward phase.
         extras: for example of `random_extras`.
         layout: of dense tensors.
         config: a kernel config as `encode_config` writes it, or empty.
         registry: a path to look in first, or empty.
+
+    Raises:
+        InputError: if the problem is of the backward phase, among others.
     """
+    if problem.spec.phase != "forward":
+        raise InputError(f"run_problem runs the forward phase, got {problem}; run_backward runs the other")
     options = Options.of(problem, extras, layout=layout, config=config, registry=registry)
     with products_of(problem.spec.dtype):
         return run(q, k, v, Tensors.of(extras), options)
+
+
+def run_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    problem: Problem,
+    extras: Extras,
+    *,
+    layout: Layout = "bhsd",
+    config: str = "",
+    registry: str = "",
+) -> Gradients:
+    """Return the gradients of a call whose problem and extras are known, from what its forward pass gave.
+
+    Args:
+        q, k, v, out, dout: in the order of `layout`, or packed.
+        lse, dlse: float32 [batch, nheads_q, seqlen_q] or packed [nheads_q, tokens_q]; a dlse of None is 0.
+        problem: what the tensors pose, of the backward phase.
+        extras: of the forward pass.
+        layout: of dense tensors.
+        config: a config of the backward phase as `encode_config` writes it, or empty.
+        registry: a path to look in first, or empty.
+
+    Returns:
+        Gradients of the dtypes of their inputs, in the order of `layout`; dbias, where the spec asks for it, has size 1
+        where the bias has, or a stride of 0.
+
+    Raises:
+        InputError: if the problem is of the forward phase, or a tensor does not fit; and what `attention` raises.
+    """
+    if problem.spec.phase != "backward":
+        raise InputError(f"run_backward runs the backward phase, got {problem}; run_problem runs the other")
+    options = Options.of(problem, extras, layout=layout, config=config, registry=registry)._replace(return_lse=True)
+    tensors = Tensors.of(extras)
+    if tensors.bias is not None:
+        narrow = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensors.bias.stride())
+        tensors = tensors._replace(bias=tensors.bias[narrow])
+    given = BackwardInputs(q, k, v, out, lse, dout, dlse)
+    with torch.no_grad(), products_of(problem.spec.dtype):
+        dq, dk, dv, dbias = run_backward_op(given, tensors, options, problem.spec.dbias)
+        dsinks = None if tensors.sinks is None else sink_gradient(given, tensors.sinks, options)
+    return Gradients(dq=dq, dk=dk, dv=dv, dbias=dbias, dsinks=dsinks)
 
 
 @contextlib.contextmanager

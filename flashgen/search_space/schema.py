@@ -27,6 +27,7 @@ Values = typing.Annotated[
     tuple[_Value, ...], pydantic.Field(min_length=1, max_length=64), pydantic.AfterValidator(_no_duplicates)
 ]
 Parameters = dict[str, Values]
+Alternatives = tuple[Parameters, ...]
 Seeds = tuple[dict[str, _Value], ...]
 
 
@@ -38,15 +39,28 @@ class TargetOverride(_Model):
     """What one architecture searches instead; a list replaces the general one, None keeps it."""
 
     parameters: Parameters = {}
+    alternatives: Alternatives | None = None
     seeds: Seeds | None = None
 
 
 class SpaceFile(_Model):
-    """One `search_spaces/<backend>/<phase>.yaml`."""
+    """One `search_spaces/<backend>/<phase>.yaml`.
+
+    Attributes:
+        format: of the file.
+        template: whose configs they are.
+        parameters: the values of each number.
+        alternatives: numbers that go together: each item's lists are tried with those of `parameters`, and with no
+            other item's.
+        constraints: names of predicates.
+        seeds: configs that are tried first.
+        targets: what architectures search instead.
+    """
 
     format: typing.Literal[1]
     template: str
     parameters: Parameters
+    alternatives: Alternatives = ()
     constraints: typing.Annotated[tuple[str, ...], pydantic.AfterValidator(_no_duplicates)]
     seeds: Seeds = ()
     targets: dict[str, TargetOverride] = {}

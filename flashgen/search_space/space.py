@@ -7,8 +7,8 @@ import itertools
 import typing
 from pathlib import Path
 
-from flashgen.codegen.config import KernelConfig, Scalar, TritonForwardConfig, config_from_dict
-from flashgen.codegen.constraints import CONSTRAINTS
+from flashgen.codegen.config import KernelConfig, Scalar, config_from_dict
+from flashgen.codegen.constraints import constraints_of
 from flashgen.errors import ConfigError
 from flashgen.resources import resource_dir
 from flashgen.search_space.schema import SpaceFile, TargetOverride, read_space_file
@@ -48,26 +48,38 @@ class SearchSpace:
     content: SpaceFile
 
     def parameters(self, target: GpuTarget) -> dict[str, tuple[Scalar, ...]]:
-        """Return the values of each parameter for `target`; names in the order of `KernelConfig.as_dict`."""
-        values = {**self.content.parameters, **self._override(target).parameters}
-        return {name: values[name] for name in sorted(values)}
+        """Return every value of each parameter for `target`; names in the order of `KernelConfig.as_dict`."""
+        values: dict[str, dict[Scalar, None]] = {}
+        for product in self._products(target):
+            for name in product:
+                values.setdefault(name, {}).update(dict.fromkeys(product[name]))
+        return {name: tuple(values[name]) for name in sorted(values)}
 
     def legal(self, spec: AttentionSpec, target: GpuTarget) -> LegalSpace:
         """Return the configs that no constraint of the file refuses for `spec` on `target`."""
-        parameters = self.parameters(target)
-        predicates = [(name, CONSTRAINTS[name]) for name in self.content.constraints]
-        refused = dict.fromkeys(self.content.constraints, 0)
-        configs: list[KernelConfig] = []
-        for values in itertools.product(*parameters.values()):
-            config = _config(self.template, dict(zip(parameters, values, strict=True)))
-            reason = next((name for name, legal in predicates if legal(config, spec, target) is not None), None)
-            if reason is None:
-                configs.append(config)
-            else:
-                refused[reason] += 1
-        legal_configs = set(configs)
-        seeds = dict.fromkeys(seed for seed in self._seeds(target) if seed in legal_configs)
+        table, names = constraints_of(self.template), self.content.constraints
+        # Every value was checked when the file was read.
+        make: typing.Callable[..., KernelConfig] = table.config_type
+        refused = dict.fromkeys(names, 0)
+        configs: dict[KernelConfig, None] = {}
+        for product in self._products(target):
+            for values in itertools.product(*product.values()):
+                config = make(**dict(zip(product, values, strict=True)))
+                reason = table.first_refusal(names, config, spec, target)
+                if reason is None:
+                    configs[config] = None
+                else:
+                    refused[reason] += 1
+        seeds = dict.fromkeys(seed for seed in self._seeds(target) if seed in configs)
         return LegalSpace(configs=tuple(configs), seeds=tuple(seeds), refused=refused)
+
+    def _products(self, target: GpuTarget) -> list[dict[str, tuple[Scalar, ...]]]:
+        """Return the lists of each alternative with the general ones, by name; the space is all of their products."""
+        override = self._override(target)
+        general = {**self.content.parameters, **override.parameters}
+        alternatives = self.content.alternatives if override.alternatives is None else override.alternatives
+        products = [{**general, **own} for own in alternatives or ({},)]
+        return [{name: product[name] for name in sorted(product)} for product in products]
 
     def _override(self, target: GpuTarget) -> TargetOverride:
         return self.content.targets.get(target.arch, _KEEP_ALL)
@@ -97,12 +109,17 @@ def load_space(template: str) -> SearchSpace:
 
 def _check(content: SpaceFile, path: Path) -> None:
     """Refuse names that no constraint has and values that the template's config does not take."""
-    unknown = [name for name in content.constraints if name not in CONSTRAINTS]
+    try:
+        known = constraints_of(content.template).predicates
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    unknown = [name for name in content.constraints if name not in known]
     if unknown:
-        raise ConfigError(f"{path}: constraints: unknown {', '.join(unknown)}; known: {', '.join(CONSTRAINTS)}")
+        raise ConfigError(f"{path}: constraints: unknown {', '.join(unknown)}; known: {', '.join(known)}")
     first = {name: values[0] for name, values in content.parameters.items()}
     _check_config(content.template, first, f"{path}: parameters")
     _check_values(content.template, first, content.parameters, f"{path}: parameters")
+    _check_alternatives(content.template, first, content.alternatives, f"{path}: alternatives")
     _check_seeds(content.template, content.seeds, f"{path}: seeds")
     for arch, override in content.targets.items():
         place = f"{path}: targets.{arch}"
@@ -110,7 +127,18 @@ def _check(content: SpaceFile, path: Path) -> None:
         if extra:
             raise ConfigError(f"{place}.parameters: {', '.join(extra)} must stand among the general parameters too")
         _check_values(content.template, first, override.parameters, f"{place}.parameters")
+        _check_alternatives(content.template, first, override.alternatives or (), f"{place}.alternatives")
         _check_seeds(content.template, override.seeds or (), f"{place}.seeds")
+
+
+def _check_alternatives(
+    template: str,
+    others: typing.Mapping[str, Scalar],
+    alternatives: typing.Iterable[typing.Mapping[str, tuple[Scalar, ...]]],
+    place: str,
+) -> None:
+    for index, alternative in enumerate(alternatives):
+        _check_values(template, others, alternative, f"{place}.{index}")
 
 
 def _check_values(
@@ -136,8 +164,5 @@ def _check_config(template: str, values: typing.Mapping[str, Scalar], place: str
         raise ConfigError(f"{place}: {error}") from error
 
 
-def _config(template: str, values: typing.Mapping[str, Scalar]) -> TritonForwardConfig:
-    config = config_from_dict({**values, "template": template})
-    if not isinstance(config, TritonForwardConfig):
-        raise ConfigError(f"no constraints for template {template!r}; known: {TritonForwardConfig.template}")
-    return config
+def _config(template: str, values: typing.Mapping[str, Scalar]) -> KernelConfig:
+    return config_from_dict({**values, "template": template})

@@ -12,7 +12,7 @@ from flashgen.compile import CompileReport
 from flashgen.errors import FlashgenError
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
 from flashgen.registry import Origin
-from flashgen.spec import Problem
+from flashgen.spec import Phase, Problem
 from flashgen.tuning.evaluators import Final, failure_reason
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.study import Tried
@@ -27,6 +27,8 @@ _START_ATTEMPTS = 3
 # What a huge problem adds to the timeouts: this many launches, at a rate that slow kernels reach.
 _LAUNCHES, _SLOW_FLOPS = 50, 1e13
 _MAX_EXTRA_S = 120.0
+
+_VARIANTS: dict[Phase, str] = {"forward": "with lse", "backward": "with dbias"}
 
 _Candidate = tuple[int, Problem, KernelConfig]
 _Raced = tuple[list[Timing], dict[str, Timing]]
@@ -164,16 +166,17 @@ class GpuEvaluator:
         return f"in the final comparison, the measurement returned {outcome.value!r}"[:1000]
 
     def confirm(self, problem: Problem, tried: Tried) -> Tried | Rejected:
-        """Check the variant that also writes lse: it is other code, and the registry's key covers it."""
-        outcome = self._call(self._jobs.check_lse, problem, tried.config)
+        """Check the variant that writes more: it is other code, and the registry's key covers it."""
+        what = _VARIANTS[problem.spec.phase]
+        outcome = self._call(self._jobs.confirm, problem, tried.config)
         if isinstance(outcome, WorkerFailure):
-            return Rejected(stage="accuracy", reason=f"with lse, {failure_reason(outcome)}")
+            return Rejected(stage="accuracy", reason=f"{what}, {failure_reason(outcome)}")
         match outcome.value:
             case None:
                 return tried
             case Rejected(stage=stage, reason=reason):
-                return Rejected(stage=stage, reason=f"with lse, {reason}")
-        return Rejected(stage="accuracy", reason=f"with lse, the check returned {outcome.value!r}"[:1000])
+                return Rejected(stage=stage, reason=f"{what}, {reason}")
+        return Rejected(stage="accuracy", reason=f"{what}, the check returned {outcome.value!r}"[:1000])
 
     def _call(self, function: str, problem: Problem, *args: object) -> WorkerOutcome:
         self.cancel()

@@ -14,30 +14,25 @@ import typing
 
 import torch
 
-from flashgen.codegen import KernelConfig, TritonForwardConfig, render
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig, render
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.errors import FlashgenError
-from flashgen.launch import bind_forward, detect_target
+from flashgen.launch import bind_backward, bind_forward, detect_target
 from flashgen.measure import (
     CudaClock,
     Measurement,
-    Oracle,
     Outcome,
     Rejected,
     Timing,
     awkward_shapes,
     benchmark,
-    poisoned_outputs,
     quick_time,
-    random_extras,
-    random_inputs,
-    sampled_heads,
 )
 from flashgen.measure.peers import default_baselines
-from flashgen.spec import AttentionSpec, Extras, Problem
+from flashgen.spec import AttentionSpec, Problem, Shape
 from flashgen.target import GpuTarget
+from flashgen.tuning.gpu_cases import Case, make_case
 
-_CHECKED_HEADS = 3
 _FIRST_LAUNCHES = 3
 _RUNG_ROUNDS = 2
 _RUNG_MS = 8.0
@@ -70,14 +65,13 @@ def evaluate(problem: Problem, config: KernelConfig, best_us: float | None) -> O
 
 
 def _checked_and_timed(problem: Problem, config: KernelConfig, best_us: float | None) -> Outcome:
-    compiled = _compiled(problem.spec, config)
     wrong = check_awkward(problem, config)
     if wrong is not None:
         return wrong
-    report = _check_own_shape(problem, config, compiled)
+    report = _check_own_shape(problem, config)
     if isinstance(report, Rejected):
         return report
-    call = bind_forward(problem, config, compiled, _extras(problem), _tensors(problem))
+    call = _bound(_own_case(problem), config)
     timing = quick_time(call, _clock(), _FIRST_LAUNCHES)
     if best_us is None or timing.median_us < _HOPELESS * best_us:
         timing = benchmark({"": call}, clock=_clock(), rounds=_RUNG_ROUNDS, target_ms=_RUNG_MS)[""]
@@ -86,28 +80,44 @@ def _checked_and_timed(problem: Problem, config: KernelConfig, best_us: float | 
 
 def check_awkward(problem: Problem, config: KernelConfig) -> Rejected | None:
     """Return why a config computes something wrong at shapes that break careless kernels, or None."""
-    if not isinstance(config, TritonForwardConfig):
-        raise FlashgenError(f"no check for template {config.template!r}")
-    compiled = _compiled(problem.spec, config)
-    for shape in awkward_shapes(problem, config.block_m, config.block_n):
-        if shape.seqlen_k == 0:
-            # Nothing is launched without keys.
-            continue
-        small = dataclasses.replace(problem, shape=shape)
-        inputs, extras, oracle = _small_case(small)
-        outputs = _outputs(small)
-        bind_forward(small, config, compiled, extras, {**inputs, **outputs})()
-        report = oracle.judge(outputs["out"], outputs.get("lse"))
+    for shape in _awkward_shapes(problem, config):
+        case = _small_case(dataclasses.replace(problem, shape=shape))
+        case.poison()
+        _bound(case, config)()
+        report = case.judge()
         if not report.ok:
             return Rejected(stage="accuracy", reason=f"at {shape}: {report.reason}")
     return None
 
 
-def check_lse(problem: Problem, config: KernelConfig) -> Rejected | None:
-    """Return why the variant of a config that also writes lse is wrong, or None."""
-    with_lse = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, lse=True))
+def _awkward_shapes(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
+    """Return the shapes that are awkward for the tiles of any of a config's kernels."""
+    if isinstance(config, TritonForwardConfig):
+        tiles = [(config.block_m, config.block_n)]
+    elif isinstance(config, TritonBackwardConfig):
+        tiles = [(config.block_m1, config.block_n1)]
+        tiles += [(config.block_m2, config.block_n2)] if config.dq == "kernel" else []
+    else:
+        raise FlashgenError(f"no check for template {config.template!r}")
+    shapes = dict.fromkeys(shape for tile in tiles for shape in awkward_shapes(problem, *tile))
+    # Nothing is launched without keys.
+    return tuple(shape for shape in shapes if shape.seqlen_k)
+
+
+def confirm(problem: Problem, config: KernelConfig) -> Rejected | None:
+    """Return why the variant of a config that writes more is wrong, or None.
+
+    It is other code, which the registry's key covers: a forward pass that also writes lse, gradients of a bias.
+    """
+    spec = problem.spec
+    if spec.phase == "forward":
+        variant = dataclasses.replace(spec, lse=True)
+    elif spec.bias in ("none", "bool"):
+        return None
+    else:
+        variant = dataclasses.replace(spec, dbias=True)
     with _ending_if_the_context_is_lost():
-        return check_awkward(with_lse, config)
+        return check_awkward(dataclasses.replace(problem, spec=variant), config)
 
 
 def race(
@@ -118,14 +128,13 @@ def race(
     The first config runs twice, as itself and under the name `A/A`: the difference is the noise floor.
     """
     with _ending_if_the_context_is_lost():
-        tensors, extras = _tensors(problem), _extras(problem)
+        case = _own_case(problem)
         calls: dict[str, typing.Callable[[], object]] = {
-            str(index): bind_forward(problem, config, _compiled(problem.spec, config), extras, tensors)
-            for index, config in enumerate(configs)
+            str(index): _bound(case, config) for index, config in enumerate(configs)
         }
         calls["A/A"] = calls["0"]
         for peer in default_baselines(_device()) if baselines else ():
-            run = peer.make(tensors["q"], tensors["k"], tensors["v"], problem, extras)
+            run = peer.make(case.tensors["q"], case.tensors["k"], case.tensors["v"], problem, case.extras)
             if not isinstance(run, str):
                 calls[peer.name] = run
         timings = benchmark(calls, clock=_clock(), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed)
@@ -133,54 +142,41 @@ def race(
     return finalists, timings
 
 
-def _check_own_shape(
-    problem: Problem, config: KernelConfig, compiled: CompiledKernel
-) -> tuple[float, float] | Rejected:
-    tensors, extras = _tensors(problem), _extras(problem)
-    out = tensors["out"]
-    out.fill_(float("nan"))
-    bind_forward(problem, config, compiled, extras, tensors)()
-    report = _oracle(problem).judge(out, None)
+def _check_own_shape(problem: Problem, config: KernelConfig) -> tuple[float, float] | Rejected:
+    case = _own_case(problem)
+    case.poison()
+    run = _bound(case, config)
+    run()
+    report = case.judge()
     if not report.ok:
         return Rejected(stage="accuracy", reason=f"at {problem.shape}: {report.reason}")
-    again = torch.full_like(out, float("nan"))
-    bind_forward(problem, config, compiled, extras, {**tensors, "out": again})()
-    if not torch.equal(out, again):
-        return Rejected(stage="accuracy", reason=f"at {problem.shape}: two runs differ in their bits")
+    if _has_one_order(config):
+        first = case.results()
+        case.poison()
+        run()
+        if not all(map(torch.equal, first, case.results())):
+            return Rejected(stage="accuracy", reason=f"at {problem.shape}: two runs differ in their bits")
     return report.max_error, report.allowed_error
 
 
-@functools.lru_cache(maxsize=1)
-def _oracle(problem: Problem) -> Oracle:
-    """Return the oracle for a sample of the heads of a problem at its own shape."""
-    tensors = _tensors(problem)
-    heads = sampled_heads(problem.shape.batch, problem.shape.nheads_q, _CHECKED_HEADS, seed=0)
-    return Oracle(tensors["q"], tensors["k"], tensors["v"], spec=problem.spec, extras=_extras(problem), heads=heads)
+def _has_one_order(config: KernelConfig) -> bool:
+    """Return whether a config adds everything up in one order."""
+    return not (isinstance(config, TritonBackwardConfig) and config.dq == "atomic")
+
+
+def _bound(case: Case, config: KernelConfig) -> typing.Callable[[], None]:
+    bind = bind_backward if case.problem.spec.phase == "backward" else bind_forward
+    return bind(case.problem, config, _compiled(case.problem.spec, config), case.extras, case.tensors)
 
 
 @functools.lru_cache(maxsize=1)
-def _tensors(problem: Problem) -> dict[str, torch.Tensor]:
-    return {**_inputs(problem, 0), **_outputs(problem)}
-
-
-@functools.lru_cache(maxsize=1)
-def _extras(problem: Problem) -> Extras:
-    return random_extras(problem, device=_device(), seed=0)
+def _own_case(problem: Problem) -> Case:
+    return make_case(problem, device=_device(), seed=0, whole=False)
 
 
 @functools.lru_cache(maxsize=256)
-def _small_case(problem: Problem) -> tuple[dict[str, torch.Tensor], Extras, Oracle]:
-    inputs, extras = _inputs(problem, 1), random_extras(problem, device=_device(), seed=1)
-    return inputs, extras, Oracle(inputs["q"], inputs["k"], inputs["v"], spec=problem.spec, extras=extras)
-
-
-def _inputs(problem: Problem, seed: int) -> dict[str, torch.Tensor]:
-    return dict(zip("qkv", random_inputs(problem, device=_device(), seed=seed), strict=True))
-
-
-def _outputs(problem: Problem) -> dict[str, torch.Tensor]:
-    out, lse = poisoned_outputs(problem, device=_device())
-    return {"out": out} | ({"lse": lse} if lse is not None else {})
+def _small_case(problem: Problem) -> Case:
+    return make_case(problem, device=_device(), seed=1, whole=True)
 
 
 @functools.lru_cache(maxsize=512)

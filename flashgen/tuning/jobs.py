@@ -14,12 +14,12 @@ class Jobs:
         start: as `gpu_jobs.start`; run once in each measuring process.
         evaluate: as `gpu_jobs.evaluate`.
         race: as `gpu_jobs.race`.
-        check_lse: as `gpu_jobs.check_lse`.
+        confirm: as `gpu_jobs.confirm`.
         interpret: as `cpu_jobs.check_interpreted`.
         compile_timeout_s: after which a compiling process is killed; likewise the others.
         first_evaluate_timeout_s: of the first candidate in a measuring process, which also makes the references.
         evaluate_timeout_s: of the others.
-        race_timeout_s: of the final comparison, and of the check of lse.
+        race_timeout_s: of the final comparison, and of `confirm`.
         interpret_timeout_s: of one check in the interpreter.
     """
 
@@ -27,7 +27,7 @@ class Jobs:
     start: str = "flashgen.tuning.gpu_jobs:start"
     evaluate: str = "flashgen.tuning.gpu_jobs:evaluate"
     race: str = "flashgen.tuning.gpu_jobs:race"
-    check_lse: str = "flashgen.tuning.gpu_jobs:check_lse"
+    confirm: str = "flashgen.tuning.gpu_jobs:confirm"
     interpret: str = "flashgen.tuning.cpu_jobs:check_interpreted"
     compile_timeout_s: float = 60.0
     first_evaluate_timeout_s: float = 30.0

@@ -19,7 +19,7 @@ from flashgen.heuristics import default_configs
 from flashgen.launch import software_versions
 from flashgen.registry import file_name, load, read_file, search_locations, write_entries
 from flashgen.search_space import load_space
-from flashgen.spec import Problem
+from flashgen.spec import Phase, Problem
 from flashgen.target import GpuTarget, Software
 from flashgen.tuning.effort import Effort
 from flashgen.tuning.evaluators import Evaluator
@@ -33,7 +33,7 @@ from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
 from flashgen.tuning.workers import Pool
 
-_TEMPLATES = {"forward": "triton/forward"}
+_TEMPLATES: dict[Phase, str] = {"forward": "triton/forward", "backward": "triton/backward"}
 _MAX_NEIGHBOURS = 4
 
 

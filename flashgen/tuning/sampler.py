@@ -19,7 +19,8 @@ from flashgen.errors import ConfigError, FlashgenError
 
 Values = tuple[Scalar, ...]
 
-_MAX_SPREAD_DRAWS = 1024
+_MAX_SPREAD_DRAWS = 256
+_MAX_BOX_DRAWS = 64  # for one legal point
 _WORD_DISTANCE = 2  # another word counts as much as this many steps of a number
 _OPEN_STATES = (TrialState.RUNNING, TrialState.WAITING)
 
@@ -118,6 +119,7 @@ class UntriedNeighbourSampler(BaseSampler):
         rng = random.Random(seed)
         rng.shuffle(self._tie_break)
         self._shift = [rng.random() for _ in self.space.choices]
+        self._boxes = _boxes(self.space)
         self._seeds = list(dict.fromkeys(self._nearest(self.space.key(s), self._keys.values()) for s in seeds))
         self._n_guided_from = len(self._seeds) + n_quasi_random
         self._inner = _multivariate_tpe(seed) if inner is None else inner
@@ -193,7 +195,8 @@ class UntriedNeighbourSampler(BaseSampler):
     def _next_spread(self, tried: set[int], untried: list[int]) -> int:
         """Return the first untried legal point of the spread; failing that, the neighbour of the last one drawn."""
         key: Values = ()
-        for key in itertools.islice(_spread_keys(self.space, self._shift), _MAX_SPREAD_DRAWS):
+        points = _spread_keys(self._boxes, self._shift, self._keys)
+        for key in itertools.islice(points, _MAX_SPREAD_DRAWS):
             index = self._keys.get(key)
             if index is not None and index not in tried:
                 return index
@@ -210,8 +213,22 @@ class UntriedNeighbourSampler(BaseSampler):
         return min(candidates, key=distance)
 
 
-def _spread_keys(space: ConfigSpace, shift: typing.Sequence[float]) -> typing.Iterator[Values]:
-    """Yield points that fill the box of all choices evenly, at any length of the sequence.
+def _boxes(space: ConfigSpace) -> list[list[Values]]:
+    """Return the values of each number that occur with each combination of words.
+
+    Words are other kernels (`dq=kernel`, `dq=atomic`), which take other numbers: one may be a small part of the space.
+    """
+    words = [isinstance(values[0], str) for values in space.choices.values()]
+    found: dict[Values, list[Values]] = {}
+    for key in map(space.key, space.configs):
+        found.setdefault(tuple(value for value, word in zip(key, words, strict=True) if word), []).append(key)
+    return [[_sorted_values(axis) for axis in zip(*keys, strict=True)] for keys in found.values()]
+
+
+def _spread_keys(
+    boxes: typing.Sequence[typing.Sequence[Values]], shift: typing.Sequence[float], legal: typing.Container[Values]
+) -> typing.Iterator[Values]:
+    """Yield points that fill the boxes evenly, a legal one of each in turn, at any length of the sequence.
 
     Additive recurrence by powers of the generalised golden ratio, shifted at random (M. Roberts, "The unreasonable
     effectiveness of quasirandom sequences", 2018).
@@ -219,9 +236,14 @@ def _spread_keys(space: ConfigSpace, shift: typing.Sequence[float]) -> typing.It
     ratio = 2.0
     for _ in range(40):  # the root of x ** (d + 1) = x + 1 attracts
         ratio = (1.0 + ratio) ** (1.0 / (len(shift) + 1))
-    for step in itertools.count(1):
-        position = [(start + step * ratio ** -(axis + 1)) % 1.0 for axis, start in enumerate(shift)]
-        yield tuple(v[int(u * len(v))] for u, v in zip(position, space.choices.values(), strict=True))
+    steps = itertools.count(1)
+    for box in itertools.cycle(boxes):
+        for step in itertools.islice(steps, _MAX_BOX_DRAWS):
+            position = [(start + step * ratio ** -(axis + 1)) % 1.0 for axis, start in enumerate(shift)]
+            key = tuple(values[int(u * len(values))] for u, values in zip(position, box, strict=True))
+            if key in legal:
+                break
+        yield key
 
 
 def _multivariate_tpe(seed: int) -> BaseSampler:

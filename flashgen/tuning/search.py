@@ -45,8 +45,9 @@ class _Candidate:
 
 
 def _binary_key(binary_hash: str, resources: KernelResources, config: KernelConfig) -> _BinaryKey:
-    # These two leave no trace but in the code; the other numbers also shape the grid and the launch.
-    return binary_hash, resources, dataclasses.replace(config, num_stages=0, maxnreg=0)
+    # These leave no trace but in the code; the other numbers also shape the grid and the launch.
+    traceless = [name for name in config.as_dict() if name in ("num_stages", "num_stages2", "maxnreg")]
+    return binary_hash, resources, dataclasses.replace(config, **dict.fromkeys(traceless, 0))
 
 
 class ProblemSearch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.codegen import RenderedKernel, TritonForwardConfig, render
-from flashgen.codegen.config import Loads, Loops
+from flashgen.codegen import RenderedKernel, TritonBackwardConfig, TritonForwardConfig, render
+from flashgen.codegen.config import Loads, Loops, QueryGradient
 from flashgen.spec import AttentionSpec, DType, parse_mask
 from flashgen.spec.mods import parse_mod
 
@@ -66,12 +67,49 @@ FEATURES: dict[str, tuple[dict[str, typing.Any], tuple[Loads, ...]]] = {
     "head_tiles_qk": ({"head_dim_qk": 80, "head_dim_v": 64, "lse": True}, LOADS),
 }
 
+# What differs from a full mask of bf16, where dQ comes from, the loads and the loops.
+BACKWARD: dict[str, tuple[dict[str, typing.Any], QueryGradient, Loads, Loops]] = {
+    "full": ({}, "kernel", "descriptor", "split"),
+    "full_atomic": ({}, "atomic", "descriptor", "split"),
+    "causal": ({"mask": parse_mask("causal")}, "kernel", "pointer", "split"),
+    "causal_atomic": ({"mask": parse_mask("causal")}, "atomic", "pointer", "split"),
+    "causal_ordered": ({"mask": parse_mask("causal"), "deterministic": True}, "ordered", "pointer", "split"),
+    "ordered": ({}, "ordered", "descriptor", "split"),
+    "sliding_window": ({"mask": parse_mask(MASKS["sliding_window"])}, "kernel", "pointer", "split"),
+    "window_single": ({"mask": parse_mask(MASKS["sliding_window"])}, "kernel", "pointer", "single"),
+    "intersection": ({"mask": parse_mask("prefix_lm(9)&chunked(100)")}, "atomic", "descriptor", "split"),
+    "dilated_window": ({"mask": parse_mask(MASKS["dilated_window"])}, "atomic", "descriptor", "single"),
+    "document": ({"mask": parse_mask("document")}, "kernel", "pointer", "split"),
+    "table": ({"mask": parse_mask(MASKS["mask_mod"]), "seqused": "k"}, "atomic", "pointer", "split"),
+    "varlen": ({"varlen": True, "mask": parse_mask("causal")}, "kernel", "pointer", "split"),
+    "varlen_ordered": ({"varlen": True, "seqused": "q"}, "ordered", "pointer", "split"),
+    "seqused": ({"seqused": "qk"}, "kernel", "pointer", "split"),
+    "softcap": ({"softcap": True}, "kernel", "pointer", "split"),
+    "score_mod": ({"score_mod": parse_mod("score_mod('return tanh(score / 4.0) * w[h]', w='float32[h]')")},
+                  "kernel", "pointer", "split"),
+    "bias": ({"bias": "input"}, "atomic", "descriptor", "split"),
+    "bias_unaligned": ({"bias": "fp32", "bias_aligned": False, "dbias": True}, "kernel", "pointer", "split"),
+    "bias_varlen": ({"bias": "bool", "varlen": True}, "kernel", "pointer", "split"),
+    "dropout": ({"dropout": True}, "kernel", "descriptor", "split"),
+    "alibi": ({"alibi": True, "sinks": True}, "kernel", "descriptor", "split"),
+    "tf32": ({"dtype": DType.TF32}, "kernel", "pointer", "single"),
+    "everything": ({**EVERYTHING, "lse": False, "dbias": True}, "kernel", "pointer", "split"),
+}  # fmt: skip
+
 
 def rendered(loads: Loads, loops: Loops = "split", **changes: typing.Any) -> RenderedKernel:
     spec = AttentionSpec(**{"dtype": DType.BF16, "head_dim_qk": 128, "head_dim_v": 128, **changes})
     config = TritonForwardConfig(
         block_m=128, block_n=64, num_warps=8, num_stages=2, loads=loads, head_tiles=2, loops=loops
     )
+    return render(spec, config)
+
+
+def rendered_backward(changes: dict[str, typing.Any], dq: QueryGradient, loads: Loads, loops: Loops) -> RenderedKernel:
+    spec = AttentionSpec(**{"dtype": DType.BF16, "head_dim_qk": 128, "head_dim_v": 128, "phase": "backward", **changes})
+    config = TritonBackwardConfig(block_m1=64, block_n1=128, num_warps=8, num_stages=2, dq=dq, loads=loads, loops=loops)
+    if dq == "kernel":
+        config = dataclasses.replace(config, block_m2=128, block_n2=64, num_warps2=8, num_stages2=2)
     return render(spec, config)
 
 
@@ -88,6 +126,7 @@ def _all_kernels() -> dict[str, RenderedKernel]:
         found[f"mask_{name}_single.py"] = rendered("descriptor", "single", mask=parse_mask(MASKS[name]))
     for name, (changes, loads) in FEATURES.items():
         found |= {f"feature_{name}_{load}.py": rendered(load, **changes) for load in loads}
+    found |= {f"backward_{name}.py": rendered_backward(*how) for name, how in BACKWARD.items()}
     return found
 
 
@@ -156,7 +195,8 @@ def test_same_bytes_in_every_process(seed: str) -> None:
 def test_source_says_where_it_comes_from_and_not_when(name: str) -> None:
     docstring = ast.get_docstring(ast.parse(KERNELS[name].source))
     assert docstring is not None
-    assert "templates/triton/forward.py.jinja" in docstring
+    phase = "backward" if name.startswith("backward") else "forward"
+    assert f"templates/triton/{phase}.py.jinja" in docstring
     assert f"{KERNELS[name].plan.mask.title} mask" in docstring
     for key, text in PLAIN_MASKS.items():
         if re.fullmatch(rf"forward_{key}_(pointer|descriptor)(_lse)?\.py", name):
@@ -164,6 +204,7 @@ def test_source_says_where_it_comes_from_and_not_when(name: str) -> None:
     plan = KERNELS[name].plan
     assert ("descriptor loads" if plan.descriptor else "pointer loads") in docstring
     assert ("with lse" in docstring) == plan.spec.lse
+    assert phase == "forward" or f"dQ by {BACKWARD[name[9:-3]][1]}" in docstring
     assert ("with score_mod" in docstring) == (plan.spec.score_mod is not None)
     for feature in plan.spec.features:
         assert f"with {feature}" in docstring
@@ -173,32 +214,54 @@ def test_source_says_where_it_comes_from_and_not_when(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_signature_is_the_plan(name: str) -> None:
+def test_signatures_are_the_plan(name: str) -> None:
     kernel = KERNELS[name]
-    function = next(
-        node
-        for node in ast.parse(kernel.source).body
-        if isinstance(node, ast.FunctionDef) and node.name == kernel.entry_point
-    )
-    arguments = function.args.args
-    assert [a.arg for a in arguments] == [*kernel.plan.entries[0].arguments, *kernel.plan.entries[0].constants]
-    constants = [a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "tl.constexpr"]
-    assert constants == list(kernel.plan.entries[0].constants)
+    functions = _functions(kernel)
+    for entry in kernel.plan.entries:
+        arguments = functions[entry.name].args.args
+        assert [a.arg for a in arguments] == [*entry.arguments, *entry.constants]
+        constants = [a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "tl.constexpr"]
+        assert constants == list(entry.constants)
+
+
+def _functions(kernel: RenderedKernel) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(kernel.source).body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_those_of_the_plan(name: str) -> None:
+    kernel = KERNELS[name]
+    names = [entry.name for entry in kernel.plan.entries]
+    assert kernel.entry_point in names
+    # In the order of their launches.
+    assert [function for function in _functions(kernel) if function in names] == names
+    if name.startswith("backward"):
+        changes, dq, _, _ = BACKWARD[name[9:-3]]
+        own_dq, dbias = ["attn_bwd_dq"] * (dq == "kernel"), ["attn_bwd_dbias"] * ("dbias" in changes)
+        assert names == ["attn_bwd_delta", "attn_bwd_dkdv", *own_dq, *dbias]
+    else:
+        assert names == ["attn_fwd"]
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_nothing_that_is_defined_is_unused(name: str) -> None:
     kernel = KERNELS[name]
     tree = ast.parse(kernel.source)
-    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    assert defined - called == {kernel.entry_point} | ({"attn_tiles"} if kernel.plan.mask.table else set())
+    launched = {entry.name for entry in kernel.plan.entries} | ({"attn_tiles"} if kernel.plan.mask.table else set())
+    assert _functions(kernel).keys() - called == launched
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_argument_of_the_kernel_is_used(name: str) -> None:
+def test_every_argument_of_a_kernel_is_used(name: str) -> None:
     kernel = KERNELS[name]
-    functions = (node for node in ast.parse(kernel.source).body if isinstance(node, ast.FunctionDef))
-    body = next(function for function in functions if function.name == kernel.entry_point)
-    used = {node.id for node in ast.walk(body) if isinstance(node, ast.Name)}
-    assert {*kernel.plan.entries[0].arguments, *kernel.plan.entries[0].constants} - used == set()
+    functions = _functions(kernel)
+    for entry in kernel.plan.entries:
+        used = {node.id for node in ast.walk(functions[entry.name]) if isinstance(node, ast.Name)}
+        assert {*entry.arguments, *entry.constants} - used == set(), entry.name
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_every_backward_function_says_what_it_does(name: str) -> None:
+    functions = _functions(KERNELS[f"backward_{name}.py"])
+    assert [f for f, node in functions.items() if not ast.get_docstring(node)] == []

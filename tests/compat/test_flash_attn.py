@@ -258,6 +258,75 @@ def test_the_kernel_itself() -> None:
     close(lse[0], wanted_lse)
 
 
+GRADIENTS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (3, 2), "deterministic": True},
+    "softcap": {"softcap": 2.0, "causal": True},
+    "scale": {"softmax_scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("head_dim", [16, 20])
+@pytest.mark.parametrize("options", GRADIENTS.values(), ids=GRADIENTS.keys())
+def test_gradients(options: dict[str, object], head_dim: int) -> None:
+    leaves = [torch.randn(2, n, heads, head_dim, requires_grad=True) for n, heads in ((9, 4), (11, 2), (11, 2))]
+    out = flash_attn_func(*leaves, **options)  # type: ignore[arg-type]
+    dout = torch.randn(2, 9, 4, head_dim)
+    same = {"scale" if name == "softmax_scale" else name: v for name, v in options.items() if name != "deterministic"}
+    wanted = torch.stack([attend(*(t[b] for t in leaves), **same)[0] for b in range(2)])  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(out, leaves, dout)  # type: ignore[arg-type]
+    for mine, right in zip(gradients, torch.autograd.grad(wanted, leaves, dout.double()), strict=True):
+        close(mine, right.double())
+
+
+def test_packed_projections_get_one_gradient() -> None:
+    qkv = torch.randn(2, 9, 3, 4, 16, requires_grad=True)
+    dout = torch.randn(2, 9, 4, 16)
+    (got,) = torch.autograd.grad(flash_attn_qkvpacked_func(qkv, causal=True), qkv, dout)  # type: ignore[arg-type]
+    apart = [t.detach().requires_grad_() for t in qkv.unbind(2)]
+    wanted = torch.autograd.grad(flash_attn_func(*apart, causal=True), apart, dout)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, torch.stack(wanted, 2))
+    q, kv = apart[0], torch.stack([apart[1], apart[2]], 2).detach().requires_grad_()
+    (together,) = torch.autograd.grad(flash_attn_kvpacked_func(q, kv, causal=True), kv, dout)  # type: ignore[arg-type]
+    torch.testing.assert_close(together, torch.stack(wanted[1:], 2))
+
+
+def test_gradients_of_packed_sequences() -> None:
+    lengths = (4, 0, 5)
+    qkv = torch.randn(9, 3, 4, 16, requires_grad=True)
+    dout = torch.randn(9, 4, 16)
+    out = flash_attn_varlen_qkvpacked_func(qkv, starts(lengths), 5, causal=True)
+    (got,) = torch.autograd.grad(out, qkv, dout)  # type: ignore[arg-type]
+    parts = [attend(*part.unbind(1), causal=True)[0] for part in qkv.split(lengths)]
+    (wanted,) = torch.autograd.grad(torch.cat(parts), qkv, dout.double())
+    close(got, wanted.double())
+
+
+def test_what_has_no_gradient_in_flash_attn() -> None:
+    q = torch.randn(1, 6, 2, 16, requires_grad=True)
+    slopes = torch.rand(2, requires_grad=True)
+    out, lse, dmask = flash_attn_func(q, q, q, 0.3, alibi_slopes=slopes, return_attn_probs=True)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    assert not dmask.requires_grad
+    out.sum().backward()
+    assert q.grad is not None
+    assert slopes.grad is None
+
+
+def test_dropout_of_the_backward_pass_is_the_forward_pass_s() -> None:
+    q, k, v = (torch.randn(1, n, 2, 16, requires_grad=True) for n in (20, 33, 33))
+    out, _, dmask = flash_attn_func(q, k, v, 0.3, causal=True, return_attn_probs=True)
+    dout = torch.randn_like(out)
+    factors = factors_of(dmask[0, :, :20, :33], 0.3)
+    wanted, _ = attend(q[0], k[0], v[0], causal=True, factors=factors)
+    for mine, right in zip(
+        torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(wanted, (q, k, v), dout[0].double()), strict=True
+    ):
+        close(mine, right.double())
+
+
 DENSE = [
     "dropout_p=0.0",
     "softmax_scale=None",
@@ -309,5 +378,6 @@ def test_refusals() -> None:
         flash_attn_varlen_func(
             q[0], q[0], q[0], starts((6,)), starts((6,)), 6, 6, block_table=torch.zeros(1, 1, dtype=torch.int32)
         )
-    with pytest.raises(UnsupportedError, match="backward"):
-        flash_attn_func(q.requires_grad_(), q, q)
+    wide = torch.randn(1, 6, 2, 264)
+    with pytest.raises(UnsupportedError, match="up to 256"):
+        flash_attn_func(wide.requires_grad_(), wide, wide)

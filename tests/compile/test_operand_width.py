@@ -11,7 +11,7 @@ import re
 
 import pytest
 
-from flashgen.codegen import TritonForwardConfig, render
+from flashgen.codegen import TritonBackwardConfig, TritonForwardConfig, render
 from flashgen.codegen.constraints import check_config
 from flashgen.compile import compile_kernel
 from flashgen.spec import parse_problem
@@ -30,7 +30,13 @@ SPECS = (
     "causal dropout bias=bool fp8",
     "causal dropout alibi bias=input score_mod('return where(keep[kv_idx], score, 0.0)', keep='bool[kv_idx]') fp8",
 )
-_OPERAND = re.compile(r"tensor<(\d+)x\d+x\w+, #ttg\.dot_op<\{opIdx = 1, parent = #\w+, kWidth = (\d+)\}>>")
+BACKWARD_SPECS = (
+    "causal dropout bias=bool fp16",
+    "causal bias=bool:unaligned bf16",
+    "full score_mod('return where(keep[kv_idx], score, score - 1.0)', keep='bool[kv_idx]') dropout bf16",
+    "document bias=input bf16",
+)
+_OPERAND = re.compile(r"tensor<(\d+)x(\d+)x\w+, #ttg\.dot_op<\{opIdx = (\d), parent = #\w+, kWidth = (\d+)\}>>")
 
 
 @pytest.mark.parametrize("block_n", [16, 32])
@@ -42,8 +48,24 @@ def test_lanes_share_the_summed_dimension(words: str, block_n: int) -> None:
         # What is refused is never compiled; the wider tile must then be legal.
         assert block_n == 16
         return
-    intermediate = compile_kernel(render(spec, config), spec, config, TARGET).entries[0].handle.asm["ttgir"]
+    intermediate = compile_kernel(render(spec, config), spec.structure(), config, TARGET).entries[0].handle.asm["ttgir"]
+    check_operands(intermediate)
+
+
+def check_operands(intermediate: str) -> None:
     operands = _OPERAND.findall(intermediate)
     assert operands
-    for summed, width in operands:
+    for rows, columns, index, width in operands:
+        summed = rows if index == "1" else columns
         assert int(summed) >= 4 * int(width), f"{width} elements a lane of {summed}"
+
+
+@pytest.mark.parametrize("words", BACKWARD_SPECS)
+def test_lanes_share_the_summed_dimension_of_backward_products(words: str) -> None:
+    spec = parse_problem(f"h=1 s=1 d=64 {words} backward").spec
+    configs = [
+        TritonBackwardConfig(block_m1=side, block_n1=side, num_warps=1, num_stages=1, dq="atomic") for side in (16, 32)
+    ]
+    smallest = next(config for config in configs if not check_config(config, spec, TARGET))
+    compiled = compile_kernel(render(spec, smallest), spec.structure(), smallest, TARGET)
+    check_operands(next(e for e in compiled.entries if e.name == "attn_bwd_dkdv").handle.asm["ttgir"])

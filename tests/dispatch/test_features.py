@@ -84,3 +84,12 @@ def test_a_spec_in_a_listing() -> None:
     assert shown_spec(spec("causal&document alibi softcap")) == "causal&document softcap alibi"
     long = " + ".join(f"q_idx * {i} % 7" for i in range(20))
     assert len(shown_spec(spec(f"mask_mod('return {long} > 3') softcap"))) < 100
+
+
+def test_the_demand_for_equal_bits_is_little_beside_anything_else() -> None:
+    def cost(measured: str, asked: str) -> float:
+        return feature_gap(spec(f"{measured} backward"), spec(f"{asked} backward")).cost
+
+    freer, stricter = cost("causal", "causal deterministic"), cost("causal deterministic", "causal")
+    assert 0 < freer < stricter < cost("full", "causal")
+    assert cost("causal softcap", "causal deterministic") > cost("full", "causal deterministic")

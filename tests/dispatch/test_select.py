@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flashgen.codegen import KernelConfig, TritonForwardConfig
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.codegen.constraints import check_config
 from flashgen.dispatch import RUNGS, is_stale, select
 from flashgen.errors import ConfigError, NoKernelError
@@ -467,3 +467,107 @@ def test_a_config_that_reads_any_strides_is_always_among_the_candidates() -> Non
         target = named_target(arch)
         legal = [c for c in default_configs(PROBLEM, target) if not check_config(c, PROBLEM.spec, target)]
         assert any(isinstance(c, TritonForwardConfig) and c.loads == "pointer" for c in legal)
+
+
+GRADIENTS = parse_problem("b=4 hq=32 hkv=8 s=4096 d=128 causal bf16 backward")
+
+
+def gradient_config(number: int, dq: typing.Literal["kernel", "atomic", "ordered"] = "kernel") -> TritonBackwardConfig:
+    """A legal config that no heuristic gives, one for each number."""
+    tile, warps = (64, 4) if dq == "kernel" else (0, 0)
+    return TritonBackwardConfig(
+        block_m1=32, block_n1=64, num_warps=8, num_stages=1, dq=dq, block_m2=tile, block_n2=tile, num_warps2=warps,
+        num_stages2=int(dq == "kernel"), head_group=1000 + number,
+    )  # fmt: skip
+
+
+def test_gradients_climb_the_same_ladder(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    spec = GRADIENTS.spec
+    other = Software(flashgen="0.1.0", triton="3.8.0", torch="2.13.0", driver="580.1")
+    entries = {
+        "exact": make_entry(spec=spec, config=gradient_config(1)),
+        "other software": make_entry(spec=spec, config=gradient_config(2, "atomic"), software=other),
+        "nearest": make_entry(8192, spec=spec, config=gradient_config(3)),
+        "other device": make_entry(spec=spec, config=gradient_config(4), device_name="NVIDIA H100 80GB HBM3"),
+        "other features": make_entry(spec=spec_of("full backward"), config=gradient_config(5)),
+        "predicted": make_entry(spec=spec, config=gradient_config(6), origin="predicted"),
+    }
+    names = list(reversed(entries))
+    while names:
+        # An entry of the other phase is never looked at.
+        registry = make_registry(make_entry(), *(entries[name] for name in names))
+        selection = select(GRADIENTS, H200, registry=registry, software=software)
+        best = names.pop()
+        assert (selection.rung, selection.config) == (best, entries[best].config)
+        assert all("forward" not in str(refusal) for refusal in selection.refused)
+    selection = select(GRADIENTS, H200, registry=make_registry(make_entry()), software=software)
+    assert (selection.rung, selection.refused) == ("heuristic", ())
+    forward = select(PROBLEM, H200, registry=make_registry(*entries.values()), software=software)
+    assert (forward.rung, forward.refused) == ("heuristic", ())
+
+
+def test_the_gradient_of_a_bias_has_the_entry_of_the_spec_without(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    with_bias = parse_problem("b=4 hq=32 hkv=8 s=4096 d=128 causal bias=input bf16 backward")
+    asked = dataclasses.replace(with_bias, spec=dataclasses.replace(with_bias.spec, dbias=True))
+    registry = make_registry(make_entry(spec=with_bias.spec, config=gradient_config(1)))
+    assert select(asked, H200, registry=registry, software=software).rung == "exact"
+
+
+def test_deterministic_calls_take_what_keeps_its_order(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    strict = parse_problem("b=4 hq=32 hkv=8 s=4096 d=128 causal deterministic bf16 backward")
+    free = GRADIENTS.spec
+    atomic = make_entry(spec=free, config=gradient_config(1, "atomic"))
+    own = make_entry(8192, spec=free, config=gradient_config(2))
+    full = make_entry(spec=spec_of("full deterministic backward"), config=gradient_config(3))
+    selection = select(strict, H200, registry=make_registry(atomic, full, own), software=software)
+    # Nearer than the same demand under another mask: the very kernels that are asked for.
+    assert (selection.rung, selection.config) == ("other features", gradient_config(2))
+    assert selection.differences == ("measured without deterministic",)
+    assert any("adds in any order" in refusal.reason for refusal in selection.refused)
+    entry = make_entry(spec=strict.spec, config=gradient_config(4, "ordered"))
+    exact = select(strict, H200, registry=make_registry(atomic, own, entry), software=software)
+    assert (exact.rung, exact.config) == ("exact", gradient_config(4, "ordered"))
+    # And a call that asks for nothing may have what was measured under the demand.
+    loose = select(GRADIENTS, H200, registry=make_registry(full, entry), software=software)
+    assert (loose.rung, loose.config) == ("other features", gradient_config(4, "ordered"))
+    assert loose.differences == ("measured with deterministic",)
+    only_atomic = select(strict, H200, registry=make_registry(atomic), software=software)
+    assert only_atomic.rung == "heuristic"
+
+
+def test_an_explicit_config_of_the_other_phase_is_illegal(software: Software) -> None:
+    with pytest.raises(ConfigError, match="triton/forward has no kernels of the backward phase"):
+        select(GRADIENTS, H200, registry=EMPTY, software=software, config=config(1))
+    with pytest.raises(ConfigError, match="triton/backward has no kernels of the forward phase"):
+        select(PROBLEM, H200, registry=EMPTY, software=software, config=gradient_config(1))
+
+
+def test_safe_gradients_are_the_last_rung(software: Software) -> None:
+    safe = safe_configs("backward")
+    selection = select(
+        GRADIENTS, H200, registry=EMPTY, software=software, usable=lambda c: None if c in safe else "strides"
+    )
+    assert selection.rung == "safe default"
+    assert isinstance(selection.config, TritonBackwardConfig)
+    assert (selection.config.loads, selection.config.dq) == ("pointer", "kernel")
+
+
+@pytest.mark.parametrize("words", ["causal", "full fp32", "document varlen", "causal tf32", "full bias=bool dropout"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_gradient_has_a_legal_config_that_keeps_its_order(arch: str, words: str, software: Software) -> None:
+    target = named_target(arch)
+    for d, dv in ((16, 16), (64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (16, 256), (256, 16)):
+        problem = parse_problem(f"b=2 hq=8 hkv=2 s=4096 d={d} dv={dv} {words} deterministic backward")
+        selection = select(problem, target, registry=EMPTY, software=software)
+        assert check_config(selection.config, problem.spec, target) == ()
+        if max(d, dv) <= 128 and problem.spec.dtype.itemsize == 2:
+            assert selection.rung == "heuristic", str(selection)
+        configs = default_configs(problem, target)
+        assert all(isinstance(c, TritonBackwardConfig) and c.dq == "kernel" for c in configs)
+        assert any(c.loads == "pointer" for c in configs if not check_config(c, problem.spec, target))

@@ -1,6 +1,6 @@
 """The measuring jobs with kernels that misbehave: for planted configs, every launch is followed by another one.
 
-The plan is a JSON file named by FAULTY_PLAN: for `evaluate`, `race` and `check_lse`, faults by the text of a config.
+The plan is a JSON file named by FAULTY_PLAN: for `evaluate`, `race` and `confirm`, faults by the text of a config.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from flashgen.codegen import KernelConfig
 from flashgen.compile import CompiledKernel
-from flashgen.launch import bind_forward
+from flashgen.launch import bind_backward, bind_forward
 from flashgen.measure import Outcome, Rejected, Timing
 from flashgen.spec import Extras, Problem
 from flashgen.tuning import gpu_jobs
@@ -41,8 +41,12 @@ def _overwrite(out_ptr, COLUMNS: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, COLUMNS), 3.0)
 
 
-def _misbehave(fault: str, out: torch.Tensor) -> None:
-    if fault == "hang":
+def _misbehave(fault: str, tensors: typing.Mapping[str, torch.Tensor]) -> None:
+    out = tensors["dq" if "dq" in tensors else "out"]
+    if fault in tensors:
+        # One of the tensors that the kernels have written.
+        _overwrite[(1,)](tensors[fault], 16)
+    elif fault == "hang":
         # Kept: another tensor in its place would end the loop.
         _flags.append(torch.zeros(1, dtype=torch.int32, device=out.device))
         _spin[(1,)](_flags[-1])
@@ -67,18 +71,19 @@ def _plant(job: str) -> None:
         extras: Extras,
         tensors: typing.Mapping[str, torch.Tensor],
     ) -> typing.Callable[[], None]:
-        call = bind_forward(problem, config, compiled, extras, tensors)
+        right = bind_backward if problem.spec.phase == "backward" else bind_forward
+        call = right(problem, config, compiled, extras, tensors)
         fault = plan.get(str(config))
         if fault is None:
             return call
 
         def faulty() -> None:
             call()
-            _misbehave(fault, tensors["out"])
+            _misbehave(fault, tensors)
 
         return faulty
 
-    gpu_jobs.bind_forward = bind
+    gpu_jobs.bind_forward = gpu_jobs.bind_backward = bind
 
 
 def evaluate(problem: Problem, config: KernelConfig, best_us: float | None) -> Outcome:
@@ -93,6 +98,6 @@ def race(
     return gpu_jobs.race(problem, configs, target_ms, seed, baselines)
 
 
-def check_lse(problem: Problem, config: KernelConfig) -> Rejected | None:
-    _plant("check_lse")
-    return gpu_jobs.check_lse(problem, config)
+def confirm(problem: Problem, config: KernelConfig) -> Rejected | None:
+    _plant("confirm")
+    return gpu_jobs.confirm(problem, config)

@@ -12,13 +12,14 @@ from flashgen.codegen import render
 from flashgen.codegen.constraints import check_config
 from flashgen.compile import compile_kernel
 from flashgen.dispatch import is_stale, select
-from flashgen.launch import bind_forward, detect_target, software_versions
-from flashgen.measure import Oracle, poisoned_outputs, random_extras, random_inputs, sampled_heads
+from flashgen.launch import bind_backward, bind_forward, detect_target, software_versions
+from flashgen.measure import random_inputs
 from flashgen.registry import Location, RegistryEntry, load
 from flashgen.registry.entry import RANGE_AXES
 from flashgen.resources import shipped_registry_dir
 from flashgen.spec import AttentionSpec, Problem, Shape
 from flashgen.target import GpuTarget
+from flashgen.tuning.gpu_cases import make_case
 
 pytestmark = pytest.mark.gpu
 
@@ -71,7 +72,8 @@ def test_a_shipped_shape_gets_its_own_entry() -> None:
 
 
 def test_a_call_finds_its_entry() -> None:
-    plain = [entry for entry in shipped() if not entry.spec.features and entry.spec.mask.by_formula]
+    forward = [entry for entry in shipped() if entry.spec.phase == "forward"]
+    plain = [entry for entry in forward if not entry.spec.features and entry.spec.mask.by_formula]
     for entry in of_every_kind(plain)[:3]:
         q, k, v = random_inputs(problem_of(entry), device="cuda", seed=0)
         selection = flashgen.explain(q, k, v, mask=entry.spec.mask, score_mod=entry.spec.score_mod)
@@ -79,17 +81,20 @@ def test_a_call_finds_its_entry() -> None:
         assert selection.distance == 0
 
 
+def written_most(spec: AttentionSpec) -> AttentionSpec:
+    """Return the spec of the variant that writes more: lse, or the gradient of a bias of numbers."""
+    if spec.phase == "forward":
+        return dataclasses.replace(spec, lse=True)
+    return dataclasses.replace(spec, dbias=spec.bias not in ("none", "bool"))
+
+
 def test_shipped_configs_are_right() -> None:
     for entry in of_every_kind(shipped()):
-        problem, config = problem_of(entry), entry.config
-        spec, shape = dataclasses.replace(problem.spec, lse=True), problem.shape
-        problem = Problem(spec=spec, shape=shape)
-        q, k, v = random_inputs(problem, device="cuda", seed=0)
-        extras = random_extras(problem, device="cuda", seed=0)
-        out, lse = poisoned_outputs(problem, device="cuda")
-        assert lse is not None
+        spec, config = written_most(entry.spec), entry.config
+        problem = Problem(spec=spec, shape=problem_of(entry).shape)
+        case = make_case(problem, device=torch.device("cuda"), seed=0, whole=False)
         compiled = compile_kernel(render(spec, config), spec.structure(), config, target_here())
-        bind_forward(problem, config, compiled, extras, {"q": q, "k": k, "v": v, "out": out, "lse": lse})()
-        heads = sampled_heads(shape.batch, shape.nheads_q, 2, seed=0)
-        report = Oracle(q, k, v, spec=spec, extras=extras, heads=heads).judge(out, lse)
+        bind = bind_backward if spec.phase == "backward" else bind_forward
+        bind(problem, config, compiled, case.extras, case.tensors)()
+        report = case.judge()
         assert report.ok, f"{report.reason}\n{config} for {problem}"

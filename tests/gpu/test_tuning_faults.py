@@ -19,7 +19,7 @@ from flashgen.launch import detect_target
 from flashgen.measure import Rejected, Timing
 from flashgen.registry import clear_bundles
 from flashgen.search_space import load_space
-from flashgen.spec import parse_problem
+from flashgen.spec import Problem, parse_problem
 from flashgen.tuning import SilentObserver
 from flashgen.tuning.effort import Effort
 from flashgen.tuning.events import ProblemResult, TrialRecord
@@ -29,6 +29,7 @@ from flashgen.tuning.run import Run
 pytestmark = pytest.mark.gpu
 
 PROBLEM = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
+GRADIENTS = parse_problem("b=1 hq=4 hkv=2 s=256 d=64 causal bias=fp32 fp16 backward")
 FAULTS = {
     "illegal access": ("run", "the GPU context is lost"),
     "wrong result": ("accuracy", "at "),
@@ -51,9 +52,14 @@ class Watch(SilentObserver):
         self.ended.append((time.monotonic(), record))
 
 
+def seeds_of(problem: Problem) -> list[KernelConfig]:
+    space = load_space(f"triton/{problem.spec.phase}")
+    return list(space.legal(problem.spec, detect_target(torch.device("cuda:0"))).seeds)
+
+
 @pytest.fixture
 def seeds() -> list[KernelConfig]:
-    return list(load_space("triton/forward").legal(PROBLEM.spec, detect_target(torch.device("cuda:0"))).seeds)
+    return seeds_of(PROBLEM)
 
 
 @pytest.fixture
@@ -63,7 +69,9 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tune]:
     monkeypatch.setenv("FAULTY_PLAN", str(tmp_path / "plan.json"))
     monkeypatch.setattr("flashgen.resources.shipped_registry_dir", lambda: tmp_path / "shipped")
 
-    def run(plan: dict[str, dict[KernelConfig, str]], observer: Watch | None = None) -> ProblemResult:
+    def run(
+        plan: dict[str, dict[KernelConfig, str]], observer: Watch | None = None, problem: Problem = PROBLEM
+    ) -> ProblemResult:
         words = {job: {str(config): fault for config, fault in faults.items()} for job, faults in plan.items()}
         (tmp_path / "plan.json").write_text(json.dumps(words))
         report = Run(
@@ -79,12 +87,12 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tune]:
             jobs=Jobs(
                 evaluate="faulty_gpu_jobs:evaluate",
                 race="faulty_gpu_jobs:race",
-                check_lse="faulty_gpu_jobs:check_lse",
+                confirm="faulty_gpu_jobs:confirm",
                 first_evaluate_timeout_s=TIMEOUT_S,
                 evaluate_timeout_s=TIMEOUT_S / 2,
                 race_timeout_s=TIMEOUT_S,
             ),
-        ).tune([PROBLEM])
+        ).tune([problem])
         assert not report.interrupted
         return report.results[0]
 
@@ -136,8 +144,35 @@ def test_faults_at_the_very_end_lose_the_win(tune: Tune) -> None:
     first = tune({}).entry
     assert first is not None
     best, second = first.config, first.runners_up[0].config
-    entry = tune({"race": {best: "hang"}, "check_lse": {second: "illegal access"}}).entry
+    entry = tune({"race": {best: "hang"}, "confirm": {second: "illegal access"}}).entry
     assert entry is not None
     assert entry.config not in (best, second)
     assert best not in {runner_up.config for runner_up in entry.runners_up}
     assert_gpu_works()
+
+
+def test_a_wrong_gradient_of_any_kind_costs_one_trial_and_never_wins(tune: Tune) -> None:
+    seeds = seeds_of(GRADIENTS)
+    planted = dict(zip(seeds, ("dq", "dk", "dv", "illegal access", "hang"), strict=False))
+    result = tune({"evaluate": planted}, problem=GRADIENTS)
+    outcomes = {trial.config: trial.result for trial in result.trials}
+    for config, fault in planted.items():
+        refused = outcomes[config]
+        assert isinstance(refused, Rejected), fault
+        if refused.stage == "resources":
+            continue
+        stage, words = FAULTS.get(fault, ("accuracy", f": {fault}["))
+        assert (refused.stage, words in refused.reason) == (stage, True), refused
+    known = [outcomes[config] for config in planted]
+    others = [outcome for config, outcome in outcomes.items() if config not in planted and outcome not in known]
+    assert all(isinstance(outcome, Timing) or outcome.stage == "resources" for outcome in others), others
+    assert sum(isinstance(outcome, Timing) for outcome in others) >= 3
+    assert result.entry is not None
+    assert result.entry.config not in planted
+    assert result.entry.spec == GRADIENTS.spec
+    assert_gpu_works()
+    # The gradient of the bias is other code, which is checked last.
+    best = result.entry.config
+    again = tune({"confirm": {best: "dbias"}}, problem=GRADIENTS)
+    assert again.entry is not None
+    assert again.entry.config not in {best, *planted}

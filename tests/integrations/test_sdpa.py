@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
@@ -258,9 +260,54 @@ def test_nested_tensors_are_unsupported() -> None:
         sdpa(nested, nested, nested)
 
 
-def test_gradients_are_unsupported() -> None:
-    q = randn(1, 1, 4, 16).requires_grad_()
-    with pytest.raises(UnsupportedError):
+def gradients(
+    function: Callable[..., torch.Tensor], *given: torch.Tensor, **options: object
+) -> tuple[torch.Tensor, ...]:
+    leaves = [t.detach().clone().requires_grad_() for t in given]
+    out = function(*leaves, **options)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+    return torch.autograd.grad((out * weights).sum(), leaves)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_gradients(sizes: tuple[tuple[int, ...], ...], is_causal: bool) -> None:
+    given = tuple(randn(*size) for size in sizes)
+    wanted = gradients(torch_sdpa, *(t.double() for t in given), is_causal=is_causal)
+    for mine, right in zip(gradients(sdpa, *given, is_causal=is_causal), wanted, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dims", [(8, 8), (20, 59)])
+def test_gradients_of_padded_heads(head_dims: tuple[int, int]) -> None:
+    head_dim, head_dim_v = head_dims
+    given = randn(2, 4, 5, head_dim), randn(2, 2, 7, head_dim), randn(2, 2, 7, head_dim_v)
+    wanted = gradients(torch_sdpa, *(t.double() for t in given), enable_gqa=True)
+    for mine, right in zip(gradients(sdpa, *given, enable_gqa=True), wanted, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 1, 7), (2, 3, 5, 7)])
+def test_gradients_of_masks(size: tuple[int, ...]) -> None:
+    given = randn(2, 3, 5, 16), randn(2, 3, 7, 16), randn(2, 3, 7, 16), randn(*size)
+    wanted = gradients(torch_sdpa, *(t.double() for t in given))
+    for mine, right in zip(gradients(sdpa, *given), wanted, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_masked_row_has_no_gradient() -> None:
+    given = randn(2, 3, 5, 16), randn(2, 3, 7, 16), randn(2, 3, 7, 16)
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[3] = False
+    dq, dk, dv = gradients(sdpa, *given, attn_mask=mask)
+    assert not any(t.isnan().any() for t in (dq, dk, dv))
+    assert not dq[:, :, 3].any()
+
+
+def test_heads_beyond_the_backward_kernels() -> None:
+    q = randn(1, 1, 4, 264).requires_grad_()
+    with pytest.raises(UnsupportedError, match="up to 256"):
         sdpa(q, q, q)
     with torch.no_grad():
         agree(sdpa(q, q, q), q.detach(), q.detach(), q.detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 import flashgen.integrations
 from flashgen.dispatch import RUNGS
 from flashgen.errors import InputError, UnsupportedError
-from flashgen.integrations import torch_flash
+from flashgen.integrations import torch_flash, torch_flash_gradients
 
 SDPA = "aten::_scaled_dot_product_flash_attention"
 KEYSET = torch.DispatchKeySet(torch.DispatchKey.CUDA)
@@ -49,6 +50,7 @@ def explained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return types.SimpleNamespace(rung=found[0])
 
     monkeypatch.setattr(torch_flash, "explain", explain)
+    monkeypatch.setattr(torch_flash_gradients, "explain", explain)
     torch_flash._tuned.clear()
     yield found
     torch_flash._tuned.clear()
@@ -99,7 +101,9 @@ def test_activation_overrides_and_restoring_undoes_it(monkeypatch: pytest.Monkey
     torch.nn.attention.activate_flash_attention_impl("flashgen")
     try:
         assert torch.nn.attention.current_flash_attention_impl() == "flashgen"
-        assert asked == [SDPA, "aten::_flash_attention_forward"]
+        assert asked == [
+            SDPA, "aten::_flash_attention_forward", f"{SDPA}_backward", "aten::_flash_attention_backward",
+        ]  # fmt: skip
         assert has_kernel()
     finally:
         torch.nn.attention.restore_flash_attention_impl()
@@ -268,3 +272,104 @@ def test_inputs_of_training_are_taken(original: Original) -> None:
     out = torch_flash.sdpa_forward(original, KEYSET, q, k, v)[0]
     assert not original.calls
     assert not out.requires_grad
+
+
+def backward_call(
+    original: Original, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, **options: typing.Any
+) -> typing.Any:
+    """The backward operator after the forward one, both with PyTorch's arguments."""
+    is_causal, dropout_p, scale = (options.get(name) for name in ("is_causal", "dropout_p", "scale"))
+    out, lse = torch_flash.sdpa_forward(original, KEYSET, q, k, v, 0.0, bool(is_causal), scale=scale)[:2]
+    rest = (None, None, q.shape[2], k.shape[2], dropout_p or 0.0, bool(is_causal), None, None)
+    return torch_flash_gradients.sdpa_backward(
+        original, torch_flash._is_tuned, KEYSET, dout, q, k, v, out, lse, *rest, scale=scale
+    )
+
+
+def exact_gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    out = torch_sdpa(*leaves, attn_mask=mask, enable_gqa=True)
+    return torch.autograd.grad(out, leaves, dout.double())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("order", ["bhsd", "bshd", "part of qkv"])
+def test_a_tuned_backward_pass_runs_by_flashgen(original: Original, order: str, is_causal: bool) -> None:
+    q, k, v = qkv()
+    dout = torch.randn(2, 4, 6, 16).bfloat16()
+    if order == "bshd":
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    elif order == "part of qkv":
+        q = q.transpose(1, 2)[:, :, None].repeat(1, 1, 3, 1, 1)[:, :, 1].transpose(1, 2)
+    gradients = backward_call(original, q, k, v, dout, is_causal=is_causal)
+    assert not original.calls
+    mask = bottom_right(6, 9) if is_causal else torch.ones(6, 9, dtype=torch.bool)
+    wanted = exact_gradients(q, k, v, dout, mask)
+    for gradient, tensor, right in zip(gradients, (q, k, v), wanted, strict=True):
+        # What PyTorch's shape function promises its compiler.
+        assert gradient.stride() == torch.empty_like(tensor).stride()
+        torch.testing.assert_close(gradient.double(), right, rtol=0, atol=5e-2)
+
+
+def test_gradients_of_rows_without_keys(original: Original) -> None:
+    keys, queries, _ = qkv()
+    q, k, v = torch.cat([queries, queries], 1), keys[:, :2].contiguous(), keys[:, 2:].contiguous()
+    dout = torch.randn(q.shape).bfloat16()
+    for context in (contextlib.nullcontext(), flashgen.interpreting()):
+        with context:
+            gradients = backward_call(original, q, k, v, dout, is_causal=True)
+        assert not original.calls
+        for gradient, right in zip(gradients, exact_gradients(q, k, v, dout, bottom_right(9, 6)), strict=True):
+            torch.testing.assert_close(gradient.double(), right.nan_to_num(), rtol=0, atol=5e-2)
+
+
+def lower_backward(
+    original: Original, dout: torch.Tensor, tensors: tuple[torch.Tensor, ...], *cuts: typing.Any, **options: typing.Any
+) -> typing.Any:
+    outputs = torch_flash.flash_forward(original, KEYSET, *tensors, *cuts, 0.0, True, False, **options)
+    return torch_flash_gradients.flash_backward(
+        original, torch_flash._is_tuned, KEYSET, dout, *tensors, *outputs[:2], *cuts, 0.0, True, None, None, **options
+    )
+
+
+def test_the_lower_backward_operator(original: Original) -> None:
+    q, k, v = qkv()
+    dout = torch.randn(2, 4, 6, 16).bfloat16()
+    turned = [t.transpose(1, 2).contiguous() for t in (q, k, v, dout)]
+    gradients = lower_backward(original, turned[3], tuple(turned[:3]), None, None, 6, 9, scale=None)
+    assert not original.calls
+    for gradient, right in zip(gradients, exact_gradients(q, k, v, dout, bottom_right(6, 9)), strict=True):
+        assert gradient.is_contiguous()
+        torch.testing.assert_close(gradient.transpose(1, 2).double(), right, rtol=0, atol=5e-2)
+
+
+def test_gradients_of_packed_sequences(original: Original) -> None:
+    q, k, v = qkv(packed=True)
+    dout = torch.randn(9, 4, 16).bfloat16()
+    gradients = lower_backward(original, dout, (q, k, v), starts(3, 6), starts(5, 6), 6, 6, scale=None)
+    assert not original.calls
+    for rows, keys in ((slice(0, 3), slice(0, 5)), (slice(3, 9), slice(5, 11))):
+        one = [t.transpose(0, 1)[None] for t in (q[rows], k[keys], v[keys], dout[rows])]
+        wanted = exact_gradients(one[0], one[1], one[2], one[3], bottom_right(one[0].shape[2], one[1].shape[2]))
+        for gradient, part, right in zip(gradients, (rows, keys, keys), wanted, strict=True):
+            torch.testing.assert_close(gradient[part].transpose(0, 1)[None].double(), right, rtol=0, atol=5e-2)
+
+
+def test_backward_passes_that_stay_pytorchs(original: Original, explained: list[str]) -> None:
+    q, k, v = qkv()
+    dout = torch.randn(2, 4, 6, 16).bfloat16()
+    assert backward_call(original, q, k, v, dout, dropout_p=0.1, scale=0.5) == "pytorch's"
+    ((args, kwargs),) = original.calls
+    assert all(got is sent for got, sent in zip(args, (dout, q, k, v), strict=False))
+    assert args[6:] == (None, None, 6, 9, 0.1, False, None, None)
+    assert kwargs == {"scale": 0.5}
+    out, lse = torch_flash.sdpa_forward(original, KEYSET, q, k, v)[:2]
+    # Nothing tuned, and a log-sum-exp of other rows than flashgen's.
+    for rung, rows in (("heuristic", lse), ("exact", lse[:, :, :3])):
+        explained[0] = rung
+        torch_flash._tuned.clear()
+        rest = (rows, None, None, 6, 9, 0.0, False, None, None)
+        found = torch_flash_gradients.sdpa_backward(original, torch_flash._is_tuned, KEYSET, dout, q, k, v, out, *rest)
+        assert found == "pytorch's"

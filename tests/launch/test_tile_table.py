@@ -8,10 +8,10 @@ import typing
 import pytest
 import torch
 
-from flashgen.codegen import TritonForwardConfig
+from flashgen.codegen import TritonBackwardConfig, TritonForwardConfig, render
 from flashgen.errors import FlashgenError
 from flashgen.launch import forward_table
-from flashgen.launch.tile_table import TileTable
+from flashgen.launch.tile_table import TableShape, TileTable, tile_table
 from flashgen.measure import random_extras
 from flashgen.measure.entries import batch_entries
 from flashgen.measure.reference import positions, visible
@@ -82,6 +82,49 @@ def test_rows_are_the_tiles_with_anything_to_see(words: str, axes: str, lengths:
     got = [(index[start[row] : full[row]], index[full[row] : start[row + 1]]) for row in range(len(full))]
     assert got == want
     assert len(index) == max(1, start[-1])
+
+
+@pytest.mark.parametrize(("words", "axes"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("lengths", [(70, 90), (90, 33), (64, 64), (1, 1)], ids=str)
+def test_turned_rows_are_the_query_tiles_of_a_key_tile(words: str, axes: str, lengths: tuple[int, int]) -> None:
+    problem = parse_problem(f"b=2 hq=3 hkv=1 sq={lengths[0]} sk={lengths[1]} d=16 fp32 {words} backward")
+    extras = random_extras(problem, device="cpu", seed=1)
+    table = build_turned(problem, extras)
+    rows = expected_rows(problem, extras, axes)
+    num_m, num_n = -(-lengths[0] // CONFIG.block_m), len(_starts(lengths[1]))
+    want = []
+    for first in range(0, len(rows), num_m):
+        own = rows[first : first + num_m]
+        for n in range(num_n):
+            whole, partly = ([m for m, row in enumerate(own) if n in row[part]] for part in (0, 1))
+            want.append((whole, partly))
+    start, full, index = (t.tolist() for t in (table.start, table.full, table.index))
+    assert len(start) == len(full) + 1 == len(want) + 1
+    got = [(index[start[row] : full[row]], index[full[row] : start[row + 1]]) for row in range(len(full))]
+    assert got == want
+
+
+def build_turned(problem: Problem, extras: Extras, block_m: int = CONFIG.block_m) -> TileTable:
+    config = TritonBackwardConfig(block_m1=block_m, block_n1=CONFIG.block_n, num_warps=1, num_stages=1, dq="atomic")
+    tiles = TableShape(block_m=block_m, block_n=CONFIG.block_n, turned=True)
+    table = tile_table(problem, render(problem.spec, config), tiles, extras, CPU)
+    assert table is not None
+    return table
+
+
+def test_a_turned_table_is_not_taken_for_the_other() -> None:
+    # As many query tiles as key tiles, of one size.
+    problem, extras, _ = documents(96, 30)
+    config = dataclasses.replace(CONFIG, block_m=16)
+    backward = dataclasses.replace(problem, spec=problem.spec.backward())
+    causal = parse_mask("causal") & backward.spec.mask
+    problem, backward = (
+        dataclasses.replace(p, spec=dataclasses.replace(p.spec, mask=causal)) for p in (problem, backward)
+    )
+    table, turned = build(problem, extras, config), build_turned(backward, extras, 16)
+    assert len(table.index) == len(turned.index)
+    assert not torch.equal(table.start, turned.start)
+    assert build_turned(backward, extras, 16) is turned
 
 
 @pytest.mark.parametrize("words", ["full", "causal", "sliding_window(3,4)&chunked(9)", "prefix_lm(3)", "causal varlen"])
@@ -214,8 +257,9 @@ def test_the_same_table_on_a_gpu(words: str, axes: str) -> None:
     there = forward_table(problem, CONFIG, Extras(**moved), torch.device("cuda", torch.cuda.current_device()))
     assert there is not None
     here = build(problem, extras)
-    for name in ("start", "full", "index"):
-        assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), name
+    used = int(here.start[-1])
+    for name, count in (("start", None), ("full", None), ("index", used)):
+        assert torch.equal(getattr(there, name)[:count].cpu(), getattr(here, name)[:count]), name
 
 
 def _to_gpu(value: typing.Any) -> typing.Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.ops import cpu, lengths, reading, runtime, torch_op
+from flashgen.ops import backward_op, cpu, lengths, reading, runtime, torch_op
 from flashgen.registry import clear_bundles
 
 
@@ -20,9 +20,11 @@ def _fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     clear_bundles()
     runtime._load_registry.cache_clear()
     torch_op._memo.clear()
-    cpu._say_eager.cache_clear()
+    backward_op._memo.clear()
+    cpu.say_eager.cache_clear()
     lengths._known.clear()
     reading._known.clear()
     yield
     clear_bundles()
     torch_op._memo.clear()
+    backward_op._memo.clear()

@@ -174,7 +174,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def call(seqlen: int, *, mask: str = "full", scale: float = 0.125, layout: str = "bhsd", lse: bool = False) -> object:
     tensor: object = FakeGpuTensor(seqlen)
-    options = Options(0, 0, mask, "", scale, 0.0, 0.0, layout, lse, "", "")
+    options = Options(0, 0, mask, "", scale, 0.0, 0.0, layout, lse, False, "", "")
     return torch_op.forward(tensor, tensor, tensor, NO_TENSORS, options)  # type: ignore[arg-type]
 
 

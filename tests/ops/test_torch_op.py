@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import typing
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flashgen
 from flashgen.codegen import TritonForwardConfig
 from flashgen.errors import UnsupportedError
+from flashgen.ops.backward_op import split_backward
 from flashgen.ops.call import decode_config, encode_config
 from flashgen.spec import causal, full, masks, parse_problem
 from flashgen.spec.masks import Mask
@@ -22,6 +24,7 @@ from flashgen.spec.mods import read_mod
 
 Layout = typing.Literal["bhsd", "bshd"]
 OP = torch.ops.flashgen.attention_forward.default
+BACKWARD = torch.ops.flashgen.attention_backward.default
 
 
 def tensors(layout: Layout = "bhsd", seqlen: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,22 +43,26 @@ def _fresh_dynamo() -> None:
 
 
 def operands(
-    function: typing.Callable[..., object], *args: typing.Any, **options: typing.Any
+    function: typing.Callable[..., object],
+    *args: typing.Any,
+    operator: typing.Any = OP,
+    **options: typing.Any,
 ) -> tuple[typing.Any, ...]:
-    """What the operator is called with by a call of a public function."""
+    """What an operator is called with by a call of a public function."""
     seen: list[tuple[typing.Any, ...]] = []
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: typing.Any, types: object, args: typing.Any = (), kwargs: typing.Any = None
         ) -> object:
-            if func is OP:
+            if func is operator:
                 seen.append(args)
             return func(*args, **(kwargs or {}))
 
     with Recorder():
         function(*args, **options)
-    return seen[0]
+    # What reaches a backward pass of a graph carries that graph along.
+    return tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in seen[0])
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -115,6 +122,104 @@ def test_opcheck_of_fp8() -> None:
     # The schema's check would compare fp8 tensors on the CPU, which PyTorch cannot.
     call = operands(flashgen.attention, q, k, v, q_descale=2.0, return_lse=True)
     torch.library.opcheck(OP, call, test_utils=("test_faketensor", "test_autograd_registration"))
+
+
+def step(
+    function: typing.Callable[..., tuple[torch.Tensor, torch.Tensor]], *args: torch.Tensor, **options: typing.Any
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of a training step's q, k, v and, where there are any, bias and sinks."""
+    leaves = [t.detach().clone().requires_grad_() for t in args]
+    side = {name: options[name].detach().clone() for name in ("bias", "sinks") if name in options}
+    leaves += [t.requires_grad_() for t in side.values() if t.is_floating_point()]
+    out, lse = function(*leaves[:3], **{**options, **side}, return_lse=True)
+    return torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
+
+
+@pytest.mark.parametrize("name", ["masks", "bias", "sinks", "dropout", "all"])
+def test_opcheck_with_gradients(name: str) -> None:
+    options = FEATURES[name]
+    torch.library.opcheck(BACKWARD, operands(step, flashgen.attention, *tensors(), operator=BACKWARD, **options))
+    forward = list(operands(flashgen.attention, *tensors(), return_lse=True, **options))
+    forward[:3] = [t.detach().clone().requires_grad_() for t in forward[:3]]
+    torch.library.opcheck(OP, tuple(forward))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_opcheck_of_a_backward_pass_without_lse_s_gradient(layout: Layout) -> None:
+    def function(*args: torch.Tensor) -> None:
+        q, k, v = (t.detach().requires_grad_() for t in args)
+        flashgen.attention(q, k, v, layout=layout, causal=True).sum().backward()
+
+    call = operands(function, *tensors(layout), operator=BACKWARD)
+    # A sum's gradient is one number, expanded.
+    assert call[5].stride() == (0, 0, 0, 0)
+    assert call[6] is None
+    torch.library.opcheck(BACKWARD, call)
+
+
+def test_opcheck_of_a_packed_backward_pass() -> None:
+    used = torch.tensor([2, 0, 6], dtype=torch.int32)
+    call = operands(
+        step,
+        flashgen.attention_varlen,
+        *packed(),
+        operator=BACKWARD,
+        **VARLEN,
+        causal=True,
+        seqused_q=used,
+        sinks=TABLE,
+    )
+    torch.library.opcheck(BACKWARD, call)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_training_step_compiles_to_one_graph(name: str) -> None:
+    def function(*args: torch.Tensor, **options: typing.Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = flashgen.attention(args[0] * 2, *args[1:], **options)
+        return out + 1, lse * 2
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    options = FEATURES[name]
+    for got, want in zip(step(compiled, *tensors(), **options), step(function, *tensors(), **options), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_packed_training_step_compiles_to_one_graph() -> None:
+    compiled = torch.compile(flashgen.attention_varlen, backend="aot_eager", fullgraph=True, dynamic=True)
+    got = step(compiled, *packed(), **VARLEN, sinks=TABLE)
+    for mine, right in zip(got, step(flashgen.attention_varlen, *packed(), **VARLEN, sinks=TABLE), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+def test_a_compiled_step_knows_that_gradients_are_to_be_deterministic() -> None:
+    seen: list[bool] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: typing.Any, types: object, args: typing.Any = (), kwargs: typing.Any = None
+        ) -> object:
+            if func is BACKWARD:
+                seen.append(split_backward(args)[2].deterministic)
+            return func(*args, **(kwargs or {}))
+
+    compiled = torch.compile(flashgen.attention, backend="aot_eager", fullgraph=True)
+    with Recorder():
+        for deterministic in (True, False):
+            step(flashgen.attention, *tensors(), deterministic=deterministic)
+    assert seen == [True, False]
+    assert len(step(compiled, *tensors(), deterministic=True)) == 3
+
+
+def test_the_operator_alone_has_gradients() -> None:
+    # As of an exported program, made where no gradient was asked for: lse is not among its outputs.
+    args = operands(flashgen.attention, *tensors(), causal=True, sinks=TABLE)
+    leaves = [t.detach().clone().requires_grad_() for t in args[:3]]
+    out, lse = OP(*leaves, *args[3:])
+    assert not lse.numel()
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    want = torch.autograd.grad(flashgen.attention(*leaves, causal=True, sinks=TABLE).square().sum(), leaves)
+    for mine, right in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, right)
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -268,6 +373,22 @@ def test_fake_tensors(layout: Layout, device: str) -> None:
     assert out.is_contiguous()
 
 
+def test_gradients_of_fake_tensors() -> None:
+    # Not on "cuda": there autograd wants a device even of fake tensors.
+    with FakeTensorMode():
+        q, k, v = (torch.empty(t.shape, requires_grad=True) for t in tensors())
+        bias = torch.empty(10, 13, requires_grad=True)
+        grads = torch.autograd.grad(flashgen.attention(q, k, v, bias=bias).sum(), (q, k, v, bias))
+    for leaf, gradient in zip((q, k, v, bias), grads, strict=True):
+        assert (gradient.shape, gradient.device, gradient.stride()) == (leaf.shape, leaf.device, leaf.stride())
+
+
+def test_gradients_of_meta_tensors() -> None:
+    leaves = tuple(t.to("meta", torch.bfloat16).requires_grad_() for t in tensors())
+    for leaf, gradient in zip(leaves, torch.autograd.grad(flashgen.attention(*leaves).sum(), leaves), strict=True):
+        assert (gradient.shape, gradient.dtype, gradient.device) == (leaf.shape, leaf.dtype, leaf.device)
+
+
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_meta_tensors(layout: Layout) -> None:
     q, k, v = (t.to("meta", torch.bfloat16) for t in tensors(layout))
@@ -281,14 +402,18 @@ def test_meta_tensors(layout: Layout) -> None:
 def test_flops(mask: Mask, layout: Layout) -> None:
     with FlopCounterMode(display=False) as counter:
         flashgen.attention(*tensors(layout), mask=mask, layout=layout)
+        step(flashgen.attention, *tensors(layout), mask=mask, layout=layout)
     problem = parse_problem(f"b=2 hq=6 hkv=2 sq=10 sk=13 d=40 dv=24 {mask} fp32")
-    assert counter.get_flop_counts()["Global"][torch.ops.flashgen.attention_forward] == problem.flops()
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.flashgen.attention_forward] == 2 * problem.flops()
+    backward = dataclasses.replace(problem, spec=problem.spec.backward())
+    assert counts[torch.ops.flashgen.attention_backward] == backward.flops()
 
 
 def test_a_profiler_sees_the_operator() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        flashgen.attention(*tensors())
-    assert "flashgen::attention_forward" in {event.key for event in profile.key_averages()}
+        step(flashgen.attention, *tensors())
+    assert {"flashgen::attention_forward", "flashgen::attention_backward"} <= {e.key for e in profile.key_averages()}
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (2, 2, 2), (0, None, None)], ids=str)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flashgen.codegen import TritonBackwardConfig
 from flashgen.errors import RegistryError
 from flashgen.registry import RegistryEntry, load_indexed, merge, read_file, write_entries
 from flashgen.registry.files import file_name
@@ -42,6 +43,26 @@ def test_round_trip_is_exact_and_byte_stable(tmp_path, make_entry) -> None:
     (again,) = write_entries(tmp_path / "b", reversed(entries))
     assert again.read_bytes() == path.read_bytes()
     assert contents.entries[0].provenance.triton == "3.10"
+
+
+def test_phases_have_files_of_their_own(tmp_path, make_entry) -> None:
+    forward = make_entry()
+    config = TritonBackwardConfig(block_m1=64, block_n1=128, num_warps=8, num_stages=2, dq="atomic", loads="descriptor")
+    backward = [
+        dataclasses.replace(forward, spec=forward.spec.backward(deterministic=deterministic), config=config)
+        for deterministic in (False, True)
+    ]
+    paths = write_entries(tmp_path, [*backward, forward])
+    assert sorted(path.name for path in paths) == ["nvidia_h200.backward.yaml", NAME]
+    contents = read_file(tmp_path / "nvidia_h200.backward.yaml")
+    assert contents.issues == ()
+    assert set(contents.entries) == set(backward)
+    assert all(entry.config == config for entry in contents.entries)
+    indexed = load_indexed(tmp_path / "nvidia_h200.backward.yaml")
+    for entry in backward:
+        assert indexed.candidates(entry.spec) == (entry,)
+        assert set(indexed.related(entry.spec)) == set(backward) - {entry}
+    assert indexed.candidates(forward.spec) == indexed.related(forward.spec) == ()
 
 
 def test_text_does_not_depend_on_libyaml(tmp_path, make_entry) -> None:

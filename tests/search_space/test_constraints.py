@@ -7,12 +7,8 @@ import dataclasses
 import pytest
 
 from flashgen.codegen.config import TritonForwardConfig
-from flashgen.codegen.constraints import (
-    CONSTRAINTS,
-    check_config,
-    require_legal,
-    shared_memory_lower_bound,
-)
+from flashgen.codegen.constraints import check_config, constraints_of, require_legal
+from flashgen.codegen.forward_constraints import FORWARD_CONSTRAINTS, shared_memory_lower_bound
 from flashgen.codegen.head_tiles import tile_widths
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec, DType, parse_mask
@@ -82,14 +78,14 @@ LEGAL = [
 
 
 def test_every_constraint_has_a_case():
-    assert REFUSED.keys() == CONSTRAINTS.keys()
+    assert REFUSED.keys() == FORWARD_CONSTRAINTS.keys()
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_with_its_numbers(name):
     candidate, problem, arch, numbers = REFUSED[name]
     target = named_target(arch)
-    reason = CONSTRAINTS[name](candidate, problem, target)
+    reason = FORWARD_CONSTRAINTS[name](candidate, problem, target)
     assert reason is not None
     assert numbers in reason
     assert reason in check_config(candidate, problem, target)
@@ -190,3 +186,13 @@ def test_tensor_memory_takes_the_accumulators_on_blackwell():
 def test_require_legal_lists_every_reason():
     with pytest.raises(ConfigError, match=r"block_n=48 .*; .*num_stages=0 .*; .*sm_80 has none"):
         require_legal(config(block_n=48, num_stages=0, loads="descriptor"), spec(), named_target("sm_80"))
+
+
+def test_a_config_of_another_phase_is_refused():
+    reasons = check_config(config(), spec().backward(), named_target("H200"))
+    assert reasons == ("triton/forward has no kernels of the backward phase",)
+
+
+def test_an_unknown_template_lists_the_known():
+    with pytest.raises(ConfigError, match=r"'triton/sideways'; known: triton/forward, triton/backward"):
+        constraints_of("triton/sideways")

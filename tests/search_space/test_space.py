@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
 
-from flashgen.codegen.config import TritonForwardConfig
+from flashgen.codegen.config import TritonBackwardConfig, TritonForwardConfig
 from flashgen.codegen.constraints import check_config
 from flashgen.errors import ConfigError
 from flashgen.resources import resource_dir
@@ -16,8 +17,9 @@ from flashgen.search_space import space as space_module
 from flashgen.spec import AttentionSpec, DType
 from flashgen.target import known_targets, named_target
 
-TEMPLATE = "triton/forward"
+TEMPLATE, BACKWARD = "triton/forward", "triton/backward"
 SHIPPED = (resource_dir("search_spaces") / f"{TEMPLATE}.yaml").read_text()
+SHIPPED_BACKWARD = (resource_dir("search_spaces") / f"{BACKWARD}.yaml").read_text()
 
 
 def bf16(head_dim: int) -> AttentionSpec:
@@ -26,15 +28,15 @@ def bf16(head_dim: int) -> AttentionSpec:
 
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
-    """Return a function that loads the shipped file with one text replaced."""
-    path = tmp_path / f"{TEMPLATE}.yaml"
-    path.parent.mkdir(parents=True)
+    """Return a function that loads the shipped file of a template with one text replaced."""
+    (tmp_path / "triton").mkdir()
     monkeypatch.setattr(space_module, "resource_dir", lambda name: tmp_path)
 
-    def load(old: str, new: str):
-        assert old in SHIPPED
-        path.write_text(SHIPPED.replace(old, new, 1))
-        return load_space(TEMPLATE)
+    def load(old: str, new: str, template: str = TEMPLATE):
+        shipped = SHIPPED if template == TEMPLATE else SHIPPED_BACKWARD
+        assert old in shipped
+        (tmp_path / f"{template}.yaml").write_text(shipped.replace(old, new, 1))
+        return load_space(template)
 
     return load
 
@@ -49,6 +51,51 @@ def test_every_spec_has_seeds_and_legal_configs(target):
         assert set(legal.seeds) <= set(legal.configs)
         assert len(set(legal.configs)) == len(legal.configs) >= 5
         assert all(check_config(config, spec, target) == () for config in legal.configs)
+
+
+@pytest.mark.parametrize("target", known_targets(), ids=str)
+def test_every_backward_spec_has_seeds_and_legal_configs(target):
+    space = load_space(BACKWARD)
+    for head_dim, dtype in ((96, DType.BF16), (256, DType.BF16), (256, DType.FP32)):
+        spec = AttentionSpec(dtype=dtype, head_dim_qk=head_dim, head_dim_v=head_dim).backward()
+        legal = space.legal(spec, target)
+        assert legal.seeds
+        assert set(legal.seeds) <= set(legal.configs)
+        assert len(set(legal.configs)) == len(legal.configs) >= 5
+        # Whatever file and code say of one: as many of each kind as a test has time for.
+        assert all(check_config(config, spec, target) == () for config in legal.configs[::97])
+        assert {"kernel", "atomic", "ordered"} == {config.dq for config in legal.configs}
+
+
+def test_alternatives_are_not_mixed():
+    space, target = load_space(BACKWARD), named_target("H200")
+    deterministic = bf16(64).backward(deterministic=True)
+    legal = space.legal(deterministic, target)
+    assert {config.dq for config in legal.configs} == {"kernel", "ordered"}
+    assert all((config.block_m2 > 0) == (config.dq == "kernel") for config in legal.configs)
+    # Every pair of a tile of dK and dV with one of dQ, and none of them refused for what no alternative has.
+    first, second = ("block_m1", "block_n1", "num_warps", "num_stages"), ("block_m2", "block_n2", "num_warps2")
+    own = [config for config in legal.configs if config.dq == "kernel"]
+    parts = [{tuple(getattr(c, name) for name in names) for c in own} for names in (first, second)]
+    pairs = {tuple(getattr(c, name) for name in (*first, *second)) for c in own}
+    assert len(pairs) == len(parts[0]) * len(parts[1])
+    assert legal.refused["dq_kernel_described"] == 0
+    general = math.prod(len(values) for values in space.content.parameters.values())
+    total = sum(general * math.prod(len(v) for v in own.values()) for own in space.content.alternatives)
+    assert len(legal.configs) + sum(legal.refused.values()) == total
+    assert space.parameters(target)["dq"] == ("kernel", "atomic", "ordered")
+    assert space.parameters(named_target("gfx942"))["num_stages2"] == (1, 2)
+
+
+def test_first_backward_seeds_are_of_every_kind():
+    seeds = load_space(BACKWARD).legal(bf16(128).backward(), named_target("H200")).seeds
+    assert isinstance(seeds[0], TritonBackwardConfig)
+    assert {(seed.dq, seed.loads) for seed in seeds} >= {
+        ("kernel", "descriptor"),
+        ("atomic", "descriptor"),
+        ("ordered", "descriptor"),
+        ("kernel", "pointer"),
+    }
 
 
 def test_counts_every_refusal_once():
@@ -127,6 +174,32 @@ def test_an_optional_number_can_be_left_out(edited):
 def test_a_damaged_file_is_refused_with_its_place(edited, old, new, message):
     with pytest.raises(ConfigError, match=rf"forward\.yaml: (?s:.*){message}"):
         edited(old, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("- dq: [kernel]", "- dq: [kernels]", "alternatives.0.dq: dq must be one of kernel, atomic, ordered"),
+        ("- dq: [atomic, ordered]", "- dq2: [atomic]", "alternatives.1.dq2: .*unknown fields .*dq2"),
+        ("- dq: [atomic, ordered]", "- dq: []", "alternatives.1.dq: .*at least 1"),
+        ("num_stages2: [1, 2]\n", "num_stages2: [-1]\n", "targets.gfx942.alternatives.0.num_stages2"),
+        ("- order_is_known", "- warps_fit_tiles", "unknown warps_fit_tiles; known: dq_kernel_described"),
+        ("template: triton/backward", "template: triton/forward", "its place in the folder says 'triton/backward'"),
+    ],
+)
+def test_a_damaged_alternative_is_refused_with_its_place(edited, old, new, message):
+    with pytest.raises(ConfigError, match=rf"backward\.yaml: (?s:.*){message}"):
+        edited(old, new, BACKWARD)
+
+
+def test_a_template_without_kernels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(space_module, "resource_dir", lambda name: tmp_path)
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "forward.yaml").write_text(
+        SHIPPED.replace("template: triton/forward", "template: cuda/forward")
+    )
+    with pytest.raises(ConfigError, match=r"forward\.yaml: no constraints for template 'cuda/forward'; known: triton"):
+        load_space("cuda/forward")
 
 
 def test_code_in_yaml_is_refused(edited):

@@ -27,7 +27,7 @@ PLANTED = Jobs(
     start="planted_jobs:start",
     evaluate="planted_jobs:evaluate",
     race="planted_jobs:race",
-    check_lse="planted_jobs:check_lse",
+    confirm="planted_jobs:confirm",
     interpret="planted_jobs:interpret",
     compile_timeout_s=2.0,
     first_evaluate_timeout_s=2.0,
@@ -49,7 +49,7 @@ class Bench:
     def seeds(self) -> list[KernelConfig]:
         """What a run tries first, in order."""
         default = default_configs(self.problem, H200)[0]
-        seeds = load_space("triton/forward").legal(self.problem.spec, H200).seeds
+        seeds = load_space(f"triton/{self.problem.spec.phase}").legal(self.problem.spec, H200).seeds
         return list(dict.fromkeys((default, *seeds)))
 
     def plan(self, **jobs: dict[KernelConfig | str, object]) -> None:

@@ -125,8 +125,8 @@ def race(
     return [_timing(us) for us in times], others
 
 
-def check_lse(problem: Problem, config: KernelConfig) -> object:
-    word = _planned("check_lse", config)
+def confirm(problem: Problem, config: KernelConfig) -> object:
+    word = _planned("confirm", config)
     return _wrong("lse is off by 1") if word == "wrong" else word
 
 
@@ -138,14 +138,21 @@ def interpret(problem: Problem, config: KernelConfig) -> object:
 
 
 def interpret_corrupted(problem: Problem, config: KernelConfig) -> object:
-    """Check for real a kernel that, for a planted config, writes one wrong row."""
+    """Check for real kernels that, for a planted config, write one wrong row of out or of dV."""
     import flashgen.tuning.cpu_jobs as cpu_jobs
-    from flashgen.launch import interpret_forward
+    from flashgen.launch import interpret_backward, interpret_forward
 
-    def corrupted(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+    def corrupted_forward(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
         out, lse = interpret_forward(*args, **kwargs)
         out[0, 0, -1] += 0.1
         return out, lse
 
-    cpu_jobs.interpret_forward = corrupted if _planned("interpret", config) == "wrong" else interpret_forward
+    def corrupted_backward(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
+        gradients = interpret_backward(*args, **kwargs)
+        gradients["dv"][0, 0, -1] += 0.1
+        return gradients
+
+    wrong = _planned("interpret", config) == "wrong"
+    cpu_jobs.interpret_forward = corrupted_forward if wrong else interpret_forward
+    cpu_jobs.interpret_backward = corrupted_backward if wrong else interpret_backward
     return cpu_jobs.check_interpreted(problem, config)

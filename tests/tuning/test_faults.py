@@ -10,8 +10,11 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from flashgen.codegen import TritonBackwardConfig
 from flashgen.errors import FlashgenError
 from flashgen.measure import Rejected, Timing
+from flashgen.registry import Location, load
+from flashgen.spec import parse_problem
 from flashgen.tuning.events import ProblemResult, TuneReport
 
 FAULTS = ("hang", "busy", "abort", "exit", "memory", "error", "sys.exit", "garbage", "nan", "wrong")
@@ -95,7 +98,7 @@ def test_a_baseline_that_breaks_the_comparison_is_left_out(bench):
 @pytest.mark.parametrize("fault", ["wrong", "abort", "garbage"])
 def test_wrong_with_lse_loses(bench, fault):
     first, second = bench.seeds[1:3]
-    bench.plan(evaluate={first: 10.0, second: 11.0}, check_lse={first: fault})
+    bench.plan(evaluate={first: 10.0, second: 11.0}, confirm={first: fault})
     result = only(bench.run())
     assert result.entry is not None
     assert result.entry.config == second
@@ -157,3 +160,68 @@ def test_a_gpu_that_is_gone_blames_no_config(bench):
     assert TrialState.COMPLETE not in states(bench)
     bench.plan()
     assert len(only(bench.run()).trials) == 4
+
+
+@pytest.fixture
+def backward(bench):
+    """The same for gradients."""
+    return dataclasses.replace(bench, problem=parse_problem("b=1 hq=2 hkv=2 s=256 d=64 bias=input fp16 backward"))
+
+
+def test_gradients_are_tuned_like_anything_else(backward):
+    first, second, third = backward.seeds[1:4]
+    backward.plan(
+        evaluate={first: 10.0, second: 11.0, third: "wrong"},
+        confirm={first: "wrong"},
+        compile={backward.seeds[0]: "abort"},
+    )
+    report = backward.run(trials=6)
+    entry = only(report).entry
+    assert entry is not None
+    assert entry.config == second
+    assert isinstance(entry.config, TritonBackwardConfig)
+    assert entry.spec == backward.problem.spec
+    assert (entry.origin, entry.performance.baseline) == ("measured", "cudnn")
+    flops, us = backward.problem.flops(), entry.performance.median_us
+    assert entry.performance.tflops == pytest.approx(flops / us / 1e6, rel=1e-3)
+    assert [path.name for path in report.files] == ["nvidia_h200.backward.yaml"]
+    assert {first, third} & {runner_up.config for runner_up in entry.runners_up} == set()
+    (found,) = load([Location(path=backward.folder / "registry", label="argument")]).candidates(entry.spec)
+    assert found.entry == entry
+
+
+def test_a_bias_that_has_no_right_gradient_is_said(backward):
+    backward.plan(confirm=dict.fromkeys(backward.seeds[:3], "abort"))
+    result = only(backward.run(trials=3))
+    assert result.entry is None
+    assert "with dbias, crashed: measuring process died of SIGABRT" in result.note
+
+
+def test_deterministic_gradients_are_never_added_in_any_order(backward):
+    spec = dataclasses.replace(backward.problem.spec, deterministic=True)
+    strict = dataclasses.replace(backward.problem, spec=spec)
+    atomic = next(config for config in backward.seeds if config.dq == "atomic")
+    backward.plan(evaluate={atomic: 10.0})
+    free, fixed = backward.run(trials=16, problems=[backward.problem, strict]).results
+    assert free.entry.config == atomic
+    assert fixed.entry.config.dq != "atomic"
+    assert {trial.config.dq for trial in fixed.trials} == {"kernel", "ordered"}
+
+
+def test_phases_tuned_together_give_each_other_no_seeds(backward):
+    forward = dataclasses.replace(backward.problem, spec=backward.problem.spec.forward())
+    report = backward.run(trials=3, problems=[forward, backward.problem])
+    templates = [{trial.config.template for trial in result.trials} for result in report.results]
+    assert templates == [{"triton/forward"}, {"triton/backward"}]
+    assert len(report.files) == 2
+
+
+def test_a_wrong_gradient_is_caught_by_the_real_interpreter(backward):
+    jobs = dataclasses.replace(backward.jobs, interpret="planted_jobs:interpret_corrupted", interpret_timeout_s=60.0)
+    first, second = backward.seeds[:2]
+    backward.plan(compile={first: {"registers": 32}, second: {"registers": 250}}, interpret={first: "wrong"})
+    result = only(backward.run(gpu=None, jobs=jobs, trials=2))
+    assert result.entry is not None
+    assert result.entry.config == second
+    assert result.entry.origin == "predicted"
+    assert 0 < result.entry.accuracy.max_error < result.entry.accuracy.allowed_error

@@ -13,7 +13,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from flashgen.codegen.config import KernelConfig, TritonForwardConfig
+from flashgen.codegen.config import KernelConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.errors import ConfigError
 from flashgen.tuning.sampler import ConfigSpace, SpaceExhausted, UntriedNeighbourSampler, suggest_config
 
@@ -33,8 +33,9 @@ SIXTY = make_configs(stages=(1, 2, 3))[:60]
 
 
 def cost(config: KernelConfig) -> float:
-    """A smooth valley with its floor at 128x64, 4 warps, 3 stages, descriptor."""
-    assert isinstance(config, TritonForwardConfig)
+    """A smooth valley with its floor at 128x64, 4 warps, 3 stages, descriptor; gradients are all alike."""
+    if not isinstance(config, TritonForwardConfig):
+        return 1.0
     steps = (
         abs(config.block_m.bit_length() - 8),
         abs(config.block_n.bit_length() - 7),
@@ -90,6 +91,26 @@ def test_first_points_cover_every_value_of_every_number():
     sampler = UntriedNeighbourSampler(configs, seed=1)
     spread = run(new_study(sampler), sampler, 20)
     assert ConfigSpace.of(spread).choices == ConfigSpace.of(configs).choices
+
+
+def test_first_points_are_as_many_of_each_kind_however_few_there_are():
+    def gradients(dq, tiles):
+        return [
+            TritonBackwardConfig(
+                block_m1=m, block_n1=n, num_warps=4, num_stages=s, dq=dq, block_m2=t, block_n2=t,
+                num_warps2=4 * (t > 0), num_stages2=int(t > 0),
+            )
+            for m, n, s, t in itertools.product((32, 64, 128), (32, 64, 128), (1, 2, 3), tiles)
+        ]  # fmt: skip
+
+    # 162 with a kernel of dQ, 27 and 27 without: what only one kind has leaves most of the box illegal.
+    configs = gradients("kernel", (16, 32, 48, 64, 96, 128)) + gradients("atomic", (0,)) + gradients("ordered", (0,))
+    sampler = UntriedNeighbourSampler(configs, seed=1)
+    spread = run(new_study(sampler), sampler, 18)
+    assert [sum(config.dq == dq for config in spread) for dq in ("kernel", "atomic", "ordered")] == [6, 6, 6]
+    assert ConfigSpace.of(spread).choices["block_m1"] == (32, 64, 128)
+    everything = UntriedNeighbourSampler(configs, seed=1, n_quasi_random=len(configs))
+    assert set(run(new_study(everything), everything, len(configs))) == set(configs)
 
 
 def test_same_seed_same_sequence():

@@ -10,10 +10,10 @@ import typing
 import optuna
 import pytest
 
-from flashgen.codegen import KernelConfig, KernelResources, TritonForwardConfig
+from flashgen.codegen import KernelConfig, KernelResources, TritonBackwardConfig, TritonForwardConfig
 from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
-from flashgen.spec import parse_problem
+from flashgen.spec import Problem, parse_problem
 from flashgen.target import Software, named_target
 from flashgen.tuning.effort import EFFORTS
 from flashgen.tuning.evaluators import Final
@@ -213,12 +213,13 @@ class Bench:
     clock: FakeClock = dataclasses.field(default_factory=FakeClock)
     listener: Listener = dataclasses.field(default_factory=Listener)
     storage: optuna.storages.BaseStorage = dataclasses.field(default_factory=optuna.storages.InMemoryStorage)
+    problem: Problem = PROBLEM
     interrupted: bool = False
 
     def run(self, planned: int | None = None, seconds: float = 30.0, default: KernelConfig | None = None):
         study = ProblemStudy(
             self.storage,
-            problem=PROBLEM,
+            problem=self.problem,
             target=H200,
             how="fake",
             configs=self.configs,
@@ -227,7 +228,7 @@ class Bench:
             n_quasi_random=0,
         )
         task = Task(
-            problem=PROBLEM,
+            problem=self.problem,
             target=H200,
             effort=EFFORTS["check"],
             legal=len(self.configs),
@@ -331,6 +332,19 @@ def test_equal_binaries_are_timed_once(polls, outcome):
     assert bench.clock.evaluated == [B, GROUPED]
     assert results(result) == {B: outcome, DEEP: outcome, CAPPED: outcome, GROUPED: 80.0}
     assert bench.states() == ["COMPLETE"] * 4
+
+
+def test_equal_binaries_of_several_kernels_are_timed_once():
+    shallow, deep, second, grid = (
+        TritonBackwardConfig(
+            block_m1=64, block_n1=64, num_warps=4, num_stages=s, block_m2=m2, block_n2=64, num_warps2=4, num_stages2=s2
+        )
+        for s, m2, s2 in ((1, 64, 1), (2, 64, 1), (1, 64, 3), (1, 128, 1))
+    )
+    bench = Bench(configs=[shallow, deep, second, grid], problem=parse_problem("b=1 h=2 s=256 d=64 fp16 backward"))
+    bench.pool.reports = {which: {"binary": "same"} for which in bench.configs}
+    bench.run()
+    assert bench.clock.evaluated == [shallow, grid]
 
 
 def test_equal_binaries_of_an_earlier_run_are_known():

@@ -1,0 +1,760 @@
+"""attn_bwd: document mask, dQ by kernel, pointer loads.
+
+Rendered by flashgen from templates/triton/backward.py.jinja.
+"""
+
+import triton
+import triton.language as tl
+
+# Names: off_z batch, off_h query head, off_hkv key/value head, offs_m query rows,
+# offs_n keys, offs_d head dimension; p probabilities, do the gradient of out, dp and ds
+# those of p and of the scores, delta rowsum(dO * O). Scores are in base 2: qk_scale
+# holds softmax_scale * log2(e), and lse2 is lse * log2(e).
+
+
+@triton.jit
+def mask_mod(
+    b,
+    h,
+    q_idx,
+    kv_idx,
+    SEQLEN_Q,
+    SEQLEN_K,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+):
+    """Whether query row q_idx sees key kv_idx: both of one document."""
+    inside = q_idx < mask0_q_ids_size0
+    q_ids_q_idx = tl.load(mask0_q_ids_ptr + q_idx, mask=inside, other=0)
+    inside = kv_idx < mask0_kv_ids_size0
+    kv_ids_kv_idx = tl.load(mask0_kv_ids_ptr + kv_idx, mask=inside, other=0)
+    return q_ids_q_idx == kv_ids_kv_idx
+
+
+@triton.jit
+def attn_tiles(
+    kinds_ptr,
+    nheads_q,
+    SEQLEN_Q,
+    SEQLEN_K,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write for every key tile of every query tile: 0 no pair is visible, 1 some are, 2 all."""
+    row = tl.program_id(0)
+    tile_n = tl.program_id(1)
+    num_m = tl.cdiv(SEQLEN_Q, BLOCK_M)
+    block = row % num_m
+    off_z, off_h = 0, 0
+    q_idx = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    kv_idx = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    visible = mask_mod(
+        off_z,
+        off_h,
+        q_idx,
+        kv_idx,
+        SEQLEN_Q,
+        SEQLEN_K,
+        mask0_q_ids_ptr,
+        mask0_q_ids_size0,
+        mask0_kv_ids_ptr,
+        mask0_kv_ids_size0,
+    )
+    visible = visible & (kv_idx < SEQLEN_K)
+    # Rows past the end decide nothing.
+    some = tl.max(tl.max((visible & (q_idx < SEQLEN_Q)).to(tl.int32), 1), 0)
+    whole = tl.min(tl.min((visible | (q_idx >= SEQLEN_Q)).to(tl.int32), 1), 0)
+    kind = (some + some * whole).to(tl.int8)
+    tl.store(kinds_ptr + row.to(tl.int64) * tl.num_programs(1) + tile_n, kind)
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    stride_row,
+    start,
+    length,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Rows [start, start + ROWS) of one head, zero past its length and head dimension."""
+    offs = start + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs[:, None].to(tl.int64) * stride_row + offs_d[None, :]
+    if CHECK_ROWS and HEAD_DIM < BLOCK_D:
+        inside = (offs[:, None] < length) & (offs_d[None, :] < HEAD_DIM)
+        return tl.load(ptrs, mask=inside, other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=offs[:, None] < length, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(
+    ptr,
+    stride_row,
+    start,
+    length,
+    tile,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write rows [start, start + ROWS) of one head, nothing past its length."""
+    offs = start + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs[:, None].to(tl.int64) * stride_row + offs_d[None, :]
+    inside = (offs[:, None] < length) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(ptrs, tile, mask=inside)
+
+
+@triton.jit
+def probabilities(
+    qk,
+    lse2,
+    off_z,
+    off_h,
+    q_idx,
+    kv_idx,
+    SEQLEN_Q,
+    SEQLEN_K,
+    qk_scale,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    MASKED: tl.constexpr,
+):
+    """exp(score - lse) of one tile of products; lse2 is in base 2, inf for rows that see nothing."""
+    p = tl.math.exp2(qk * qk_scale - lse2)
+    if MASKED:
+        visible = mask_mod(
+            off_z,
+            off_h,
+            q_idx,
+            kv_idx,
+            SEQLEN_Q,
+            SEQLEN_K,
+            mask0_q_ids_ptr,
+            mask0_q_ids_size0,
+            mask0_kv_ids_ptr,
+            mask0_kv_ids_size0,
+        )
+        visible = visible & (kv_idx < SEQLEN_K)
+        p = tl.where(visible, p, 0.0)
+    return p
+
+
+@triton.jit
+def attn_bwd_delta(
+    out_ptr,
+    do_ptr,
+    lse_ptr,
+    lse2_ptr,
+    delta_ptr,
+    stride_oz,
+    stride_oh,
+    stride_om,
+    stride_doz,
+    stride_doh,
+    stride_dom,
+    nheads_q,
+    rows,
+    padded_rows,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Write delta = rowsum(dO * O), and lse in base 2: inf where a row sees nothing."""
+    num_m = tl.cdiv(padded_rows, BLOCK_ROWS)
+    off_zh = tl.program_id(0) // num_m
+    start_m = tl.program_id(0) % num_m * BLOCK_ROWS
+    z = (off_zh // nheads_q).to(tl.int64)
+    h = (off_zh % nheads_q).to(tl.int64)
+    out = load_tile(
+        out_ptr + z * stride_oz + h * stride_oh,
+        stride_om,
+        start_m,
+        rows,
+        BLOCK_ROWS,
+        HEAD_DIM_V,
+        BLOCK_DV,
+        True,
+    )
+    do = load_tile(
+        do_ptr + z * stride_doz + h * stride_doh,
+        stride_dom,
+        start_m,
+        rows,
+        BLOCK_ROWS,
+        HEAD_DIM_V,
+        BLOCK_DV,
+        True,
+    )
+    offs_m = start_m + tl.arange(0, BLOCK_ROWS)
+    lse_ptrs = lse_ptr + off_zh.to(tl.int64) * rows + offs_m
+    lse = tl.load(lse_ptrs, mask=offs_m < rows, other=float("-inf"))
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    # Rows up to a whole tile: whoever reads them needs no mask.
+    own = off_zh.to(tl.int64) * padded_rows + offs_m
+    inside = offs_m < padded_rows
+    tl.store(lse2_ptr + own, lse2, mask=inside)
+    tl.store(delta_ptr + own, delta, mask=inside)
+
+
+@triton.jit
+def add_queries(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    do_ptr,
+    stride_qm,
+    stride_dom,
+    lse2_ptr,
+    delta_ptr,
+    off_z,
+    off_h,
+    off_zh,
+    start_n,
+    start_m,
+    end_m,
+    row_index_ptr,
+    qk_scale,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    SEQLEN_Q,
+    SEQLEN_K,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M1: tl.constexpr,
+    BLOCK_N1: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what the query tiles [start_m, end_m) of the table give to dK and dV of a key tile."""
+    for tile in range(start_m, end_m):
+        m = tl.load(row_index_ptr + tile) * BLOCK_M1
+        offs_m = m + tl.arange(0, BLOCK_M1)
+        offs_n = start_n + tl.arange(0, BLOCK_N1)
+        q = load_tile(
+            q_ptr,
+            stride_qm,
+            m,
+            SEQLEN_Q,
+            BLOCK_M1,
+            HEAD_DIM_QK,
+            BLOCK_DQK,
+            True,
+        )
+        lse2 = tl.load(lse2_ptr + offs_m)
+        qk = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = probabilities(
+            qk,
+            lse2[None, :],
+            off_z,
+            off_h,
+            offs_m[None, :],
+            offs_n[:, None],
+            SEQLEN_Q,
+            SEQLEN_K,
+            qk_scale,
+            mask0_q_ids_ptr,
+            mask0_q_ids_size0,
+            mask0_kv_ids_ptr,
+            mask0_kv_ids_size0,
+            MASKED,
+        )
+        do = load_tile(
+            do_ptr,
+            stride_dom,
+            m,
+            SEQLEN_Q,
+            BLOCK_M1,
+            HEAD_DIM_V,
+            BLOCK_DV,
+            True,
+        )
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        delta = tl.load(delta_ptr + offs_m)
+        ds = p * (dp - delta[None, :])
+        ds = ds.to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def attn_bwd_dkdv(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    dk_ptr,
+    dv_ptr,
+    lse2_ptr,
+    delta_ptr,
+    stride_qz,
+    stride_qh,
+    stride_qm,
+    stride_kz,
+    stride_kh,
+    stride_kn,
+    stride_vz,
+    stride_vh,
+    stride_vn,
+    stride_doz,
+    stride_doh,
+    stride_dom,
+    stride_dkz,
+    stride_dkh,
+    stride_dkn,
+    stride_dvz,
+    stride_dvh,
+    stride_dvn,
+    qk_scale,
+    softmax_scale,
+    num_heads_total,
+    nheads_q,
+    nheads_kv,
+    group,
+    SEQLEN_Q,
+    SEQLEN_K,
+    padded_rows,
+    head_group,
+    row_start_ptr,
+    row_full_ptr,
+    row_index_ptr,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M1: tl.constexpr,
+    BLOCK_N1: tl.constexpr,
+):
+    """Write dK and dV of one tile of keys, summed over the query heads of its group."""
+    # Prologue: which tile. Tiles go out in groups of head_group key/value heads.
+    tile = tl.program_id(0)
+    num_n = tl.cdiv(SEQLEN_K, BLOCK_N1)
+    first_head = tile // (head_group * num_n) * head_group
+    heads = tl.minimum(head_group, num_heads_total - first_head)
+    rank = tile - first_head * num_n
+    off_zhkv = first_head + rank % heads
+    off_z = off_zhkv // nheads_kv
+    off_hkv = off_zhkv % nheads_kv
+    block = rank // heads
+    start_n = block * BLOCK_N1
+    z = off_z.to(tl.int64)
+    hkv = off_hkv.to(tl.int64)
+    k_ptr += z * stride_kz + hkv * stride_kh
+    v_ptr += z * stride_vz + hkv * stride_vh
+    k = load_tile(
+        k_ptr,
+        stride_kn,
+        start_n,
+        SEQLEN_K,
+        BLOCK_N1,
+        HEAD_DIM_QK,
+        BLOCK_DQK,
+        True,
+    )
+    v = load_tile(
+        v_ptr,
+        stride_vn,
+        start_n,
+        SEQLEN_K,
+        BLOCK_N1,
+        HEAD_DIM_V,
+        BLOCK_DV,
+        True,
+    )
+    dk = tl.zeros([BLOCK_N1, BLOCK_DQK], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N1, BLOCK_DV], dtype=tl.float32)
+
+    # Main loop: the query heads of the group, and of each the rows that see some key.
+    for head in range(group):
+        off_h = off_hkv * group + head
+        off_zh = off_z * nheads_q + off_h
+        h = off_h.to(tl.int64)
+        q_head = q_ptr + z * stride_qz + h * stride_qh
+        do_head = do_ptr + z * stride_doz + h * stride_doh
+        row_head = off_zh.to(tl.int64) * padded_rows
+        table_row = block
+        start = tl.load(row_start_ptr + table_row)
+        full_end = tl.load(row_full_ptr + table_row)
+        end = tl.load(row_start_ptr + table_row + 1)
+        dk, dv = add_queries(
+            dk,
+            dv,
+            k,
+            v,
+            q_head,
+            do_head,
+            stride_qm,
+            stride_dom,
+            lse2_ptr + row_head,
+            delta_ptr + row_head,
+            off_z,
+            off_h,
+            off_zh,
+            start_n,
+            start,
+            full_end,
+            row_index_ptr,
+            qk_scale,
+            mask0_q_ids_ptr,
+            mask0_q_ids_size0,
+            mask0_kv_ids_ptr,
+            mask0_kv_ids_size0,
+            SEQLEN_Q,
+            SEQLEN_K,
+            HEAD_DIM_QK,
+            HEAD_DIM_V,
+            BLOCK_DQK,
+            BLOCK_DV,
+            BLOCK_M1,
+            BLOCK_N1,
+            False,
+        )
+        dk, dv = add_queries(
+            dk,
+            dv,
+            k,
+            v,
+            q_head,
+            do_head,
+            stride_qm,
+            stride_dom,
+            lse2_ptr + row_head,
+            delta_ptr + row_head,
+            off_z,
+            off_h,
+            off_zh,
+            start_n,
+            full_end,
+            end,
+            row_index_ptr,
+            qk_scale,
+            mask0_q_ids_ptr,
+            mask0_q_ids_size0,
+            mask0_kv_ids_ptr,
+            mask0_kv_ids_size0,
+            SEQLEN_Q,
+            SEQLEN_K,
+            HEAD_DIM_QK,
+            HEAD_DIM_V,
+            BLOCK_DQK,
+            BLOCK_DV,
+            BLOCK_M1,
+            BLOCK_N1,
+            True,
+        )
+
+    # Epilogue: keys that nobody sees, or that are not used, get 0.
+    dk_ptr += z * stride_dkz + hkv * stride_dkh
+    dv_ptr += z * stride_dvz + hkv * stride_dvh
+    dk = (dk * softmax_scale).to(dk_ptr.dtype.element_ty)
+    dv = dv.to(dv_ptr.dtype.element_ty)
+    store_tile(
+        dk_ptr,
+        stride_dkn,
+        start_n,
+        SEQLEN_K,
+        dk,
+        BLOCK_N1,
+        HEAD_DIM_QK,
+        BLOCK_DQK,
+    )
+    store_tile(
+        dv_ptr,
+        stride_dvn,
+        start_n,
+        SEQLEN_K,
+        dv,
+        BLOCK_N1,
+        HEAD_DIM_V,
+        BLOCK_DV,
+    )
+
+
+@triton.jit
+def add_keys(
+    dq,
+    q,
+    do,
+    lse2,
+    delta,
+    k_ptr,
+    v_ptr,
+    stride_kn,
+    stride_vn,
+    off_z,
+    off_h,
+    off_zh,
+    off_hkv,
+    offs_m,
+    start_n,
+    end_n,
+    tile_index_ptr,
+    qk_scale,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    SEQLEN_Q,
+    SEQLEN_K,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M2: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what the key tiles [start_n, end_n) of the table give to dQ of a query tile."""
+    for tile in range(start_n, end_n):
+        n = tl.load(tile_index_ptr + tile) * BLOCK_N2
+        offs_n = n + tl.arange(0, BLOCK_N2)
+        k = load_tile(
+            k_ptr,
+            stride_kn,
+            n,
+            SEQLEN_K,
+            BLOCK_N2,
+            HEAD_DIM_QK,
+            BLOCK_DQK,
+            MASKED,
+        )
+        v = load_tile(
+            v_ptr,
+            stride_vn,
+            n,
+            SEQLEN_K,
+            BLOCK_N2,
+            HEAD_DIM_V,
+            BLOCK_DV,
+            MASKED,
+        )
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = probabilities(
+            qk,
+            lse2[:, None],
+            off_z,
+            off_h,
+            offs_m[:, None],
+            offs_n[None, :],
+            SEQLEN_Q,
+            SEQLEN_K,
+            qk_scale,
+            mask0_q_ids_ptr,
+            mask0_q_ids_size0,
+            mask0_kv_ids_ptr,
+            mask0_kv_ids_size0,
+            MASKED,
+        )
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def attn_bwd_dq(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    dq_ptr,
+    lse2_ptr,
+    delta_ptr,
+    stride_qz,
+    stride_qh,
+    stride_qm,
+    stride_kz,
+    stride_kh,
+    stride_kn,
+    stride_vz,
+    stride_vh,
+    stride_vn,
+    stride_doz,
+    stride_doh,
+    stride_dom,
+    stride_dqz,
+    stride_dqh,
+    stride_dqm,
+    qk_scale,
+    softmax_scale,
+    num_heads_total,
+    nheads_q,
+    group,
+    SEQLEN_Q,
+    SEQLEN_K,
+    padded_rows,
+    head_group,
+    tile_start_ptr,
+    tile_full_ptr,
+    tile_index_ptr,
+    mask0_q_ids_ptr,
+    mask0_q_ids_size0,
+    mask0_kv_ids_ptr,
+    mask0_kv_ids_size0,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M2: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+):
+    """Write dQ of one tile of queries."""
+    # Prologue: which tile. Tiles go out in groups of the query heads of head_group key/value heads.
+    tile = tl.program_id(0)
+    num_m = tl.cdiv(SEQLEN_Q, BLOCK_M2)
+    first_head = tile // (head_group * group * num_m) * head_group * group
+    heads = tl.minimum(head_group * group, num_heads_total - first_head)
+    rank = tile - first_head * num_m
+    off_zh = first_head + rank % heads
+    off_z = off_zh // nheads_q
+    off_h = off_zh % nheads_q
+    off_hkv = off_h // group
+    block = rank // heads
+    start_m = block * BLOCK_M2
+    offs_m = start_m + tl.arange(0, BLOCK_M2)
+    z = off_z.to(tl.int64)
+    h = off_h.to(tl.int64)
+    hkv = off_hkv.to(tl.int64)
+    q_ptr += z * stride_qz + h * stride_qh
+    k_ptr += z * stride_kz + hkv * stride_kh
+    v_ptr += z * stride_vz + hkv * stride_vh
+    do_ptr += z * stride_doz + h * stride_doh
+    q = load_tile(
+        q_ptr,
+        stride_qm,
+        start_m,
+        SEQLEN_Q,
+        BLOCK_M2,
+        HEAD_DIM_QK,
+        BLOCK_DQK,
+        True,
+    )
+    do = load_tile(
+        do_ptr,
+        stride_dom,
+        start_m,
+        SEQLEN_Q,
+        BLOCK_M2,
+        HEAD_DIM_V,
+        BLOCK_DV,
+        True,
+    )
+    row_head = off_zh.to(tl.int64) * padded_rows
+    rows = row_head + offs_m
+    inside = offs_m < SEQLEN_Q
+    lse2 = tl.load(lse2_ptr + rows, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+    dq = tl.zeros([BLOCK_M2, BLOCK_DQK], dtype=tl.float32)
+
+    # Main loop: key tiles that every row sees, and those that need the mask.
+    table_row = block
+    start = tl.load(tile_start_ptr + table_row)
+    full_end = tl.load(tile_full_ptr + table_row)
+    end = tl.load(tile_start_ptr + table_row + 1)
+    dq = add_keys(
+        dq,
+        q,
+        do,
+        lse2,
+        delta,
+        k_ptr,
+        v_ptr,
+        stride_kn,
+        stride_vn,
+        off_z,
+        off_h,
+        off_zh,
+        off_hkv,
+        offs_m,
+        start,
+        full_end,
+        tile_index_ptr,
+        qk_scale,
+        mask0_q_ids_ptr,
+        mask0_q_ids_size0,
+        mask0_kv_ids_ptr,
+        mask0_kv_ids_size0,
+        SEQLEN_Q,
+        SEQLEN_K,
+        HEAD_DIM_QK,
+        HEAD_DIM_V,
+        BLOCK_DQK,
+        BLOCK_DV,
+        BLOCK_M2,
+        BLOCK_N2,
+        False,
+    )
+    dq = add_keys(
+        dq,
+        q,
+        do,
+        lse2,
+        delta,
+        k_ptr,
+        v_ptr,
+        stride_kn,
+        stride_vn,
+        off_z,
+        off_h,
+        off_zh,
+        off_hkv,
+        offs_m,
+        full_end,
+        end,
+        tile_index_ptr,
+        qk_scale,
+        mask0_q_ids_ptr,
+        mask0_q_ids_size0,
+        mask0_kv_ids_ptr,
+        mask0_kv_ids_size0,
+        SEQLEN_Q,
+        SEQLEN_K,
+        HEAD_DIM_QK,
+        HEAD_DIM_V,
+        BLOCK_DQK,
+        BLOCK_DV,
+        BLOCK_M2,
+        BLOCK_N2,
+        True,
+    )
+
+    # Epilogue: rows that see nothing, or that are not used, get 0.
+    dq_ptr += z * stride_dqz + h * stride_dqh
+    dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
+    store_tile(
+        dq_ptr,
+        stride_dqm,
+        start_m,
+        SEQLEN_Q,
+        dq,
+        BLOCK_M2,
+        HEAD_DIM_QK,
+        BLOCK_DQK,
+    )
