@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashgen.errors import InputError
-from flashgen.spec import AttentionSpec, DType, Problem, Shape, causal, full
+from flashgen.spec import AttentionSpec, DType, Problem, Shape, causal, full, parse_problem
 from flashgen.spec.masks import Full, Mask, document, sliding_window
 from flashgen.spec.mods import parse_mod
 
@@ -133,12 +133,52 @@ def test_tuning_key_keeps_what_moves_the_winner() -> None:
     spec = spec_of(causal("top_left"), DType.FP8)
     keys = [dataclasses.replace(spec, **change).tuning_key() for change in ({}, *WINNER_MOVERS)]
     assert len(set(keys)) == len(keys)
-    named = {name for change in WINNER_MOVERS for name in change} | {"phase"}
+    # What belongs to the backward phase alone has a test of its own.
+    named = {name for change in WINNER_MOVERS for name in change} | {"phase", "deterministic", "dbias"}
     dropped = {"lse": True, "sinks": True, "seqused": "qk", "descale": True, "bias_aligned": False}
     assert named | dropped.keys() == {field.name for field in dataclasses.fields(AttentionSpec)}
     for name, value in dropped.items():
         assert dataclasses.replace(spec, **{name: value}).tuning_key() == spec.tuning_key(), name
     assert all(key.tuning_key() == key for key in keys)
+
+
+def test_the_backward_phase_and_back() -> None:
+    spec = dataclasses.replace(spec_of(causal()), bias="fp32", sinks=True)
+    backward = spec.backward(deterministic=True, dbias=True)
+    assert (backward.phase, backward.lse, backward.deterministic, backward.dbias) == ("backward", False, True, True)
+    assert backward.forward() == dataclasses.replace(spec, lse=True)
+    # Another kernel wins where sums must not change; dbias is a kernel of its own.
+    assert backward.tuning_key() == spec.backward(deterministic=True).tuning_key()
+    assert backward.tuning_key() != spec.backward().tuning_key()
+    text = str(Problem(spec=backward, shape=SHAPE))
+    assert parse_problem(text) == Problem(spec=backward, shape=SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"phase": "forward", "deterministic": True}, "belong to the backward phase"),
+        ({"phase": "forward", "dbias": True}, "belong to the backward phase"),
+        ({"lse": True}, "lse is an output of the forward phase"),
+        ({"dtype": DType.FP8}, "fp8 has no backward phase: use fp16 or bf16"),
+        ({"head_dim_v": 264}, "head dimensions up to 256, got 64 and 264"),
+        ({"dbias": True}, "dbias needs a bias of numbers, got bias=none"),
+        ({"dbias": True, "bias": "bool"}, "dbias needs a bias of numbers, got bias=bool"),
+    ],
+)
+def test_what_the_phases_refuse(change: dict[str, object], message: str) -> None:
+    spec = AttentionSpec(dtype=DType.BF16, head_dim_qk=64, head_dim_v=64, phase="backward")
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(spec, **change)
+
+
+def test_the_backward_phase_multiplies_five_times_and_moves_gradients() -> None:
+    forward = Problem(spec=spec_of(), shape=SHAPE)
+    backward = Problem(spec=spec_of().backward(), shape=SHAPE)
+    pairs = SHAPE.batch * SHAPE.nheads_q * SHAPE.seqlen_q * SHAPE.seqlen_k
+    spec = backward.spec
+    assert backward.flops() == 2 * pairs * (3 * spec.head_dim_qk + 2 * spec.head_dim_v)
+    assert backward.min_bytes() > 2 * forward.min_bytes()
 
 
 def test_a_key_holds_no_tensor_and_keeps_the_numbers() -> None:

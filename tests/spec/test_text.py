@@ -75,7 +75,10 @@ def test_no_field_of_a_spec_is_lost(field: dataclasses.Field[object]) -> None:
     }
     if field.name == "phase":
         assert parse_problem("h=1 s=1 d=16 forward").spec.phase == "forward"
+        assert parse_problem("h=1 s=1 d=16 backward").spec.phase == "backward"
         return
+    if field.name in ("deterministic", "dbias"):
+        plain = dataclasses.replace(plain, dtype=DType.BF16, phase="backward")
     spec = dataclasses.replace(plain, **{field.name: other.get(field.name, True)})
     assert spec != plain
     assert parse_problem(str(Problem(spec=spec, shape=SHAPES[0]))).spec == spec

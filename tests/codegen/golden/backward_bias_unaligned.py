@@ -842,11 +842,14 @@ def attn_bwd_dbias(
 
     # Main loop: every place that the tile was added at.
     for off_z in range(own_z, last_z):
+        # The interpreter counts in Python's numbers, which users' functions cannot take.
+        off_z = tl.cast(off_z, tl.int32)
         used_q, used_k = SEQLEN_Q, SEQLEN_K
         z = tl.cast(off_z, tl.int64)
         last_m = tl.where(bias_rows == 1, used_q, tl.minimum(own_m + 1, used_q))
         last_n = tl.where(bias_keys == 1, used_k, tl.minimum(own_n + 1, used_k))
         for off_h in range(own_h, last_h):
+            off_h = tl.cast(off_h, tl.int32)
             off_zh = off_z * nheads_q + off_h
             h = tl.cast(off_h, tl.int64)
             hkv = h // group

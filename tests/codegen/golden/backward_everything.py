@@ -1161,6 +1161,8 @@ def attn_bwd_dbias(
 
     # Main loop: every place that the tile was added at.
     for off_z in range(own_z, last_z):
+        # The interpreter counts in Python's numbers, which users' functions cannot take.
+        off_z = tl.cast(off_z, tl.int32)
         q_start = tl.load(cu_seqlens_q_ptr + off_z)
         k_start = tl.load(cu_seqlens_k_ptr + off_z)
         used_q = tl.load(cu_seqlens_q_ptr + off_z + 1) - q_start
@@ -1171,6 +1173,7 @@ def attn_bwd_dbias(
         last_m = tl.where(bias_rows == 1, used_q, tl.minimum(own_m + 1, used_q))
         last_n = tl.where(bias_keys == 1, used_k, tl.minimum(own_n + 1, used_k))
         for off_h in range(own_h, last_h):
+            off_h = tl.cast(off_h, tl.int32)
             off_zh = off_z * nheads_q + off_h
             h = tl.cast(off_h, tl.int64)
             hkv = h // group
