@@ -18,7 +18,8 @@ import torch
 
 from flashgen.codegen import TritonBackwardConfig, render
 from flashgen.codegen.constraints import check_config
-from flashgen.compile import compile_job, compile_kernel
+from flashgen.compile import CompiledKernel, compile_job, compile_kernel
+from flashgen.heuristics import safe_configs
 from flashgen.launch import bind_backward, detect_target, interpret_backward
 from flashgen.measure import (
     GradientOracle,
@@ -30,7 +31,9 @@ from flashgen.measure import (
 )
 from flashgen.measure.entries import batch_entries
 from flashgen.measure.gradients import bias_sizes
+from flashgen.ops import run_problem
 from flashgen.spec import AttentionSpec, DType, Extras, Problem, Shape
+from flashgen.target import GpuTarget
 
 Tensors = dict[str, torch.Tensor]
 
@@ -201,14 +204,20 @@ def _call(drawn: BackwardDraw, problem: Problem) -> tuple[Tensors, Extras]:
 
 def run_on_gpu(drawn: BackwardDraw, problem: Problem) -> str:
     """Run a call on the current GPU; return what is wrong with its result, empty if nothing is."""
-    spec, config = problem.spec, drawn.config
+    spec = problem.spec
     given, extras = _call(drawn, problem)
+    if spec.dtype is DType.TF32:
+        # Its operands are cut: lse must be that of scores cut alike, as it is in training.
+        forward = dataclasses.replace(problem, spec=spec.forward())
+        given["out"], lse = run_problem(given["q"], given["k"], given["v"], forward, extras)
+        assert lse is not None
+        given["lse"] = lse
     # As the caller of a "bshd" layout has them, every other time.
     how: product.Memory = "transposed" if drawn.seed % 2 else "dense"
     names = ("dq", "dk", "dv")
     given |= {name: product.laid_out(t, how) for name, t in zip(names, _outputs(given), strict=True)}
     target = detect_target(torch.device("cuda", torch.cuda.current_device()))
-    compiled = compile_kernel(render(spec, config), spec.structure(), config, target)
+    config, compiled = _that_fits(drawn, target)
     with poisoned():
         call = bind_backward(problem, config, compiled, extras, given)
         call()
@@ -217,6 +226,18 @@ def run_on_gpu(drawn: BackwardDraw, problem: Problem) -> str:
     if config.dq != "atomic" and not all(torch.equal(first[name], given[name]) for name in names):
         return f"gradients differ from one run to the next with dq={config.dq}"
     return judge(problem, given, extras, {name: given[name] for name in (*names, "dbias") if name in given})
+
+
+def _that_fits(drawn: BackwardDraw, target: GpuTarget) -> tuple[TritonBackwardConfig, CompiledKernel]:
+    """Return the drawn config, or the first safe one, whose kernels find shared memory enough; Triton alone knows."""
+    for config in (drawn.config, *safe_configs("backward")):
+        assert isinstance(config, TritonBackwardConfig)
+        if check_config(config, drawn.spec, target):
+            continue
+        compiled = compile_kernel(render(drawn.spec, config), drawn.spec.structure(), config, target)
+        if compiled.resources.smem_bytes <= target.smem_bytes:
+            return config, compiled
+    raise AssertionError(f"no config fits {target} for {drawn.spec}")
 
 
 def _outputs(given: Tensors) -> list[torch.Tensor]:

@@ -274,7 +274,7 @@ class BackwardPlan(KernelPlan):
         boxes |= {"k_desc": ("BLOCK_N1", "BLOCK_DQK"), "v_desc": ("BLOCK_N1", "BLOCK_DV")}
         boxes |= {"dq_desc": ("BLOCK_M1", "BLOCK_DQK")}
         types = dict(self.pointer_types) | {"dq_ptr": "fp32"}
-        lengths = ("max_seqlen_k",) if spec.varlen else ("SEQLEN_Q", "SEQLEN_K", "padded_rows")
+        lengths: tuple[str, ...] = ("max_seqlen_k",) if spec.varlen else ("SEQLEN_Q", "SEQLEN_K", "padded_rows")
         if spec.varlen and self.ordered:
             lengths = ("max_seqlen_q", "max_seqlen_k")
         return EntryPlan(

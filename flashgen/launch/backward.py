@@ -137,7 +137,8 @@ class BackwardCall:
     def with_scratch(self, tensors: Tensors, extras: Extras) -> dict[str, torch.Tensor]:
         """Return all tensors of a call by their names in the kernels; what is only needed meanwhile is made here.
 
-        It is linear in the lengths: float32 lse2 and delta like lse, up to whole tiles, dQ in float32 where key tiles add to it.
+        It is linear in the lengths: float32 lse2 and delta like lse, up to whole tiles, and dQ in float32 where key
+        tiles add to it.
         """
         given = dict(tensors)
         lse, q = given["lse"], given["q"]
