@@ -1,26 +1,24 @@
-"""The structure of a rendered backward module: which kernels it has, and what each takes."""
+"""The structure of a rendered backward module."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from flashgen.codegen.arguments import side_pointer_types
+from flashgen.codegen.backward_entries import dbias_entry, delta_entry, dkdv_entry, dq_entry
 from flashgen.codegen.config import QueryGradient, TritonBackwardConfig
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.head_tiles import next_power_of_two
 from flashgen.codegen.kernel_plan import KernelPlan, dot_options
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
-from flashgen.codegen.signature import SCORE_PREFIX, capture_types, side_arguments
+from flashgen.codegen.signature import SCORE_PREFIX, capture_types
 from flashgen.spec import AttentionSpec
 from flashgen.spec.masks import Causal, PrefixLM
 from flashgen.spec.mods import derivative
 
 BLOCK_ROWS = 32
 """Rows of one program of the delta kernel: a few loads in flight for each of its threads."""
-
-_WIDTHS = ("HEAD_DIM_QK", "HEAD_DIM_V", "BLOCK_DQK", "BLOCK_DV")
-_QUERIES_KEYS = {"q": "m", "k": "n", "v": "n", "do": "m"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,132 +251,22 @@ class BackwardPlan(KernelPlan):
     @property
     def delta(self) -> EntryPlan:
         """The kernel of delta = rowsum(dO * O)."""
-        tensors = ("out_ptr", "do_ptr", "lse_ptr", "lse2_ptr", "delta_ptr")
-        strides = tuple(f"stride_{name}{axis}" for name in ("o", "do") for axis in "zhm")
-        return EntryPlan(
-            name="attn_bwd_delta",
-            arguments=(*tensors, *strides, "nheads_q", "rows", "padded_rows"),
-            constants=("HEAD_DIM_V", "BLOCK_DV", "BLOCK_ROWS"),
-            pointer_types=self.pointer_types,
-        )
+        return delta_entry(self)
 
     @property
     def dkdv(self) -> EntryPlan:
         """The kernel of dK and dV."""
-        spec, table = self.spec, ("row_start_ptr", "row_full_ptr", "row_index_ptr")
-        tensors, strides = self._tensors({**_QUERIES_KEYS, "dk": "n", "dv": "n"}, never=("dk", "dv"))
-        if not self.own_dq:
-            dq, dq_strides = self._tensors({"dq": "m"}, never=() if self.dq_descriptor else ("dq",))
-            tensors, strides = (*tensors, *dq), (*strides, *dq_strides)
-        boxes = {"q_desc": ("BLOCK_M1", "BLOCK_DQK"), "do_desc": ("BLOCK_M1", "BLOCK_DV")}
-        boxes |= {"k_desc": ("BLOCK_N1", "BLOCK_DQK"), "v_desc": ("BLOCK_N1", "BLOCK_DV")}
-        boxes |= {"dq_desc": ("BLOCK_M1", "BLOCK_DQK")}
-        types = dict(self.pointer_types) | {"dq_ptr": "fp32"}
-        lengths: tuple[str, ...] = ("max_seqlen_k",) if spec.varlen else ("SEQLEN_Q", "SEQLEN_K", "padded_rows")
-        if spec.varlen and self.ordered:
-            lengths = ("max_seqlen_q", "max_seqlen_k")
-        return EntryPlan(
-            name="attn_bwd_dkdv",
-            arguments=(
-                *tensors,
-                "lse2_ptr",
-                "delta_ptr",
-                *(("turn_ptr",) if self.ordered else ()),
-                *strides,
-                "qk_scale",
-                "softmax_scale",
-                "num_heads_total",
-                "nheads_q",
-                "nheads_kv",
-                "group",
-                *lengths,
-                "head_group",
-                *self._sides(table),
-            ),
-            constants=(*_WIDTHS, "BLOCK_M1", "BLOCK_N1"),
-            pointer_types=tuple(sorted(types.items())),
-            boxes=tuple(boxes.items()),
-        )
+        return dkdv_entry(self)
 
     @property
     def dq(self) -> EntryPlan:
         """The kernel of dQ."""
-        table = ("tile_start_ptr", "tile_full_ptr", "tile_index_ptr")
-        tensors, strides = self._tensors({**_QUERIES_KEYS, "dq": "m"}, never=("dq",))
-        boxes = {"q_desc": ("BLOCK_M2", "BLOCK_DQK"), "do_desc": ("BLOCK_M2", "BLOCK_DV")}
-        boxes |= {"k_desc": ("BLOCK_N2", "BLOCK_DQK"), "v_desc": ("BLOCK_N2", "BLOCK_DV")}
-        return EntryPlan(
-            name="attn_bwd_dq",
-            arguments=(
-                *tensors,
-                "lse2_ptr",
-                "delta_ptr",
-                *strides,
-                "qk_scale",
-                "softmax_scale",
-                "num_heads_total",
-                "nheads_q",
-                "group",
-                *(("max_seqlen_q",) if self.spec.varlen else ("SEQLEN_Q", "SEQLEN_K", "padded_rows")),
-                "head_group",
-                *self._sides(table),
-            ),
-            constants=(*_WIDTHS, "BLOCK_M2", "BLOCK_N2"),
-            pointer_types=self.pointer_types,
-            boxes=tuple(boxes.items()),
-        )
+        return dq_entry(self)
 
     @property
     def dbias(self) -> EntryPlan:
         """The kernel of dbias."""
-        axes = ("h", "m") if self.spec.varlen else ("z", "h", "m")
-        strides = tuple(
-            f"stride_{name}{row if axis == 'm' else axis}" for name, row in _QUERIES_KEYS.items() for axis in axes
-        )
-        return EntryPlan(
-            name="attn_bwd_dbias",
-            arguments=(
-                *(f"{name}_ptr" for name in _QUERIES_KEYS),
-                "lse2_ptr",
-                "delta_ptr",
-                "dbias_ptr",
-                *strides,
-                "qk_scale",
-                "batch",
-                "nheads_q",
-                "group",
-                *(() if self.spec.varlen else ("SEQLEN_Q", "SEQLEN_K", "padded_rows")),
-                "bias_batch",
-                "bias_heads",
-                "bias_rows",
-                "bias_keys",
-                *self._sides(()),
-            ),
-            constants=(*_WIDTHS, "BLOCK_M1", "BLOCK_N1"),
-            pointer_types=tuple(sorted((dict(self.pointer_types) | {"dbias_ptr": "fp32"}).items())),
-        )
-
-    def _tensors(self, rows: dict[str, str], never: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the arguments of tensors, by descriptor but for those in `never`, and the strides of the others."""
-        tensors: list[str] = []
-        strides: list[str] = []
-        for name, row in rows.items():
-            if self.descriptor and name not in never:
-                tensors.append(f"{name}_desc")
-                continue
-            tensors.append(f"{name}_ptr")
-            strides += [f"stride_{name}{axis}" for axis in (("h", row) if self.spec.varlen else ("z", "h", row))]
-        return tuple(tensors), tuple(strides)
-
-    def _sides(self, table: tuple[str, ...]) -> tuple[str, ...]:
-        # A sink is part of lse, and has no other part in these kernels.
-        spec = dataclasses.replace(self.spec.forward(), sinks=False)
-        return (
-            *side_arguments(spec),
-            *(table if self.mask.table else ()),
-            *self.score_arguments,
-            *self.mask_arguments,
-        )
+        return dbias_entry(self)
 
 
 def make_backward_plan(spec: AttentionSpec, config: TritonBackwardConfig) -> BackwardPlan:

@@ -305,6 +305,8 @@ def _slope(scaled: Tensor, at: Positions, spec: AttentionSpec, extras: Extras) -
     """Return the derivative of `bent`, which is elementwise."""
     with torch.enable_grad():
         scores = scaled.detach().requires_grad_()
+        if not (scores + 0.0).requires_grad:
+            raise InputError("softcap and score_mod are differentiated by autograd, which is switched off here")
         changed = bent(scores, at, spec, extras)
     if not changed.requires_grad:
         return torch.zeros_like(scaled)
