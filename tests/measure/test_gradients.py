@@ -265,6 +265,11 @@ def test_plain_pytorch_returns_the_inputs_dtypes() -> None:
         assert 1e-5 < share.item() < 2e-2, name
 
 
+def test_where_autograd_is_off_no_derivative_is_taken_for_0() -> None:
+    with torch.inference_mode(), pytest.raises(InputError, match="switched off here"):
+        Call.of(f"{SHAPE} fp32 softcap").reference()
+
+
 def test_wrong_calls_are_refused() -> None:
     call = Call.of(f"{SHAPE} fp32 bias=fp32 dbias")
     with pytest.raises(InputError, match="backward phase"):
