@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 import typing
 
+from flashgen.codegen.config import TritonBackwardConfig
 from flashgen.codegen.entry import EntryPlan
+from flashgen.codegen.head_tiles import next_power_of_two
 from flashgen.codegen.signature import side_arguments
+from flashgen.spec import AttentionSpec
 
 if typing.TYPE_CHECKING:
     from flashgen.codegen.backward_plan import BackwardPlan
+
+BLOCK_ROWS = 32
+"""Rows of one program of the delta kernel: a few loads in flight for each of its threads."""
 
 _WIDTHS = ("HEAD_DIM_QK", "HEAD_DIM_V", "BLOCK_DQK", "BLOCK_DV")
 _QUERIES_KEYS = {"q": "m", "k": "n", "v": "n", "do": "m"}
@@ -147,3 +153,18 @@ def _sides(plan: BackwardPlan, table: tuple[str, ...]) -> tuple[str, ...]:
         *plan.score_arguments,
         *plan.mask_arguments,
     )
+
+
+def backward_constants(spec: AttentionSpec, config: TritonBackwardConfig) -> dict[str, int]:
+    """Return the value of every compile-time argument of every kernel, by name."""
+    return {
+        "HEAD_DIM_QK": spec.head_dim_qk,
+        "HEAD_DIM_V": spec.head_dim_v,
+        "BLOCK_DQK": next_power_of_two(spec.head_dim_qk),
+        "BLOCK_DV": next_power_of_two(spec.head_dim_v),
+        "BLOCK_M1": config.block_m1,
+        "BLOCK_N1": config.block_n1,
+        "BLOCK_M2": config.block_m2,
+        "BLOCK_N2": config.block_n2,
+        "BLOCK_ROWS": BLOCK_ROWS,
+    }

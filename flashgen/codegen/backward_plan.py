@@ -8,7 +8,6 @@ from flashgen.codegen.arguments import side_pointer_types
 from flashgen.codegen.backward_entries import dbias_entry, delta_entry, dkdv_entry, dq_entry
 from flashgen.codegen.config import QueryGradient, TritonBackwardConfig
 from flashgen.codegen.entry import EntryPlan
-from flashgen.codegen.head_tiles import next_power_of_two
 from flashgen.codegen.kernel_plan import KernelPlan, dot_options
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
@@ -16,9 +15,6 @@ from flashgen.codegen.signature import SCORE_PREFIX, capture_types
 from flashgen.spec import AttentionSpec
 from flashgen.spec.masks import Causal, PrefixLM
 from flashgen.spec.mods import derivative
-
-BLOCK_ROWS = 32
-"""Rows of one program of the delta kernel: a few loads in flight for each of its threads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,12 +235,12 @@ class BackwardPlan(KernelPlan):
     @property
     def table_row(self) -> str:
         """The row of the table of key tiles for a query tile."""
-        return f"{_table_heads(self.table_axes, 'num_m')}block"
+        return self.table_row_among("num_m")
 
     @property
     def row_table_row(self) -> str:
         """The row of the table of query tiles for a key tile."""
-        return f"{_table_heads(self.table_axes, 'num_n')}block"
+        return self.table_row_among("num_n")
 
     # The kernels.
 
@@ -297,22 +293,3 @@ def make_backward_plan(spec: AttentionSpec, config: TritonBackwardConfig) -> Bac
         dq_source=config.dq,
         masks_all=masks_all,
     )
-
-
-def backward_constants(spec: AttentionSpec, config: TritonBackwardConfig) -> dict[str, int]:
-    """Return the value of every compile-time argument of every kernel, by name."""
-    return {
-        "HEAD_DIM_QK": spec.head_dim_qk,
-        "HEAD_DIM_V": spec.head_dim_v,
-        "BLOCK_DQK": next_power_of_two(spec.head_dim_qk),
-        "BLOCK_DV": next_power_of_two(spec.head_dim_v),
-        "BLOCK_M1": config.block_m1,
-        "BLOCK_N1": config.block_n1,
-        "BLOCK_M2": config.block_m2,
-        "BLOCK_N2": config.block_n2,
-        "BLOCK_ROWS": BLOCK_ROWS,
-    }
-
-
-def _table_heads(axes: str, tiles: str) -> str:
-    return {"": "", "b": f"off_z * {tiles} + ", "h": f"off_h * {tiles} + ", "bh": f"off_zh * {tiles} + "}[axes]

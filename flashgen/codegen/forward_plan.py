@@ -137,8 +137,7 @@ class ForwardPlan(KernelPlan):
     @property
     def table_row(self) -> str:
         """The row of the table for a query tile."""
-        head = {"": "", "b": "off_z * num_m + ", "h": "off_h * num_m + ", "bh": "off_zh * num_m + "}
-        return f"{head[self.table_axes]}block"
+        return self.table_row_among("num_m")
 
     @property
     def kv_arguments(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 from flashgen.codegen.entry import EntryPlan
@@ -10,7 +11,7 @@ from flashgen.spec import AttentionSpec, DType
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelPlan:
+class KernelPlan(abc.ABC):
     """The structure of a rendered module.
 
     Attributes:
@@ -42,9 +43,9 @@ class KernelPlan:
     dot_options: str
 
     @property
+    @abc.abstractmethod
     def entries(self) -> tuple[EntryPlan, ...]:
         """The kernels of the module, in the order of their launches."""
-        raise NotImplementedError
 
     @property
     def modified(self) -> bool:
@@ -75,6 +76,11 @@ class KernelPlan:
     def mask_arguments(self) -> tuple[str, ...]:
         """What the mask takes in the kernel."""
         return self.mask.arguments
+
+    def table_row_among(self, tiles: str) -> str:
+        """Return the row of a table of tiles for tile `block` of a head that has so many of them."""
+        heads = {"": "", "b": f"off_z * {tiles} + ", "h": f"off_h * {tiles} + ", "bh": f"off_zh * {tiles} + "}
+        return f"{heads[self.table_axes]}block"
 
 
 def dot_options(dtype: DType) -> str:

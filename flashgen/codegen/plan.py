@@ -5,7 +5,8 @@ Numbers stay out of plans: they reach kernels as `tl.constexpr` or at run time, 
 
 from __future__ import annotations
 
-from flashgen.codegen.backward_plan import backward_constants, make_backward_plan
+from flashgen.codegen.backward_entries import backward_constants
+from flashgen.codegen.backward_plan import make_backward_plan
 from flashgen.codegen.config import KernelConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.codegen.forward_plan import forward_constants, make_forward_plan
 from flashgen.codegen.kernel_plan import KernelPlan
