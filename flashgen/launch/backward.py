@@ -20,7 +20,8 @@ from flashgen.codegen import (
 from flashgen.codegen.backward_plan import BackwardPlan
 from flashgen.compile import CompiledEntry, CompiledKernel, descriptor_dtype, descriptor_operand
 from flashgen.errors import ConfigError
-from flashgen.launch.forward import check_sizes, descriptor_fields, launch, launch_values
+from flashgen.launch.arguments import descriptor_fields, entry_arguments
+from flashgen.launch.forward import check_sizes, launch, launch_values
 from flashgen.launch.operands import Layout4D, Operands
 from flashgen.launch.side_tensors import SideTensors
 from flashgen.launch.tile_table import TableShape, tile_table
@@ -161,6 +162,17 @@ class BackwardCall:
         tiles = TableShape(block_m=block_m, block_n=block_n, turned=suffix == "1")
         return tile_table(self._problem, self.rendered, tiles, extras, device)
 
+    def arguments(self, entry: EntryPlan, given: Tensors) -> dict[str, object]:
+        """Return every argument of one kernel by name, as a call of the `@triton.jit` function takes them."""
+        return entry_arguments(
+            entry,
+            self.plan.spec,
+            values=self.values(entry),
+            tensors=given,
+            layouts=self.layouts,
+            constants=self.constants,
+        )
+
     def after(self, entry_name: str, given: dict[str, torch.Tensor]) -> None:
         """Do what follows one kernel: the part of lse's own gradient in delta, dQ from its float32 sums."""
         if entry_name == "attn_bwd_delta" and "dlse" in given:
@@ -238,24 +250,6 @@ def bind_backward(
         problem=problem, config=config, compiled=compiled, extras=extras, layouts=layouts_of(tensors)
     )
     return lambda: bound(tensors, extras)
-
-
-def entry_arguments(call: BackwardCall, entry: EntryPlan, given: Tensors) -> dict[str, object]:
-    """Return every argument of one kernel by name, as a call of the `@triton.jit` function takes them."""
-    values = call.values(entry)
-    arguments: dict[str, object] = {}
-    for name in entry.arguments:
-        kind = argument_kind(name)
-        if kind == "pointer":
-            arguments[name] = given[name.removesuffix("_ptr")]
-        elif kind == "descriptor":
-            operand, dtype = descriptor_operand(name), descriptor_dtype(name, call.plan.spec)
-            fields = descriptor_fields(call.layouts[operand], dtype, entry.box(name, call.constants))
-            fields["base"] = given[operand]
-            arguments[name] = TensorDescriptor(**typing.cast("dict[str, typing.Any]", fields))
-        else:
-            arguments[name] = values[name]
-    return arguments | {name: call.constants[name] for name in entry.constants}
 
 
 def _dense(layout: Layout4D, packed: bool) -> Layout4D:

@@ -21,10 +21,11 @@ from flashgen.codegen import (
 from flashgen.codegen.mask_plan import mask_numbers
 from flashgen.compile import CompiledKernel, descriptor_dtype, descriptor_operand
 from flashgen.errors import ConfigError, InputError
-from flashgen.launch.operands import NAMES, Layout4D, Operands
+from flashgen.launch.arguments import descriptor_fields, entry_arguments
+from flashgen.launch.operands import NAMES, Operands
 from flashgen.launch.side_tensors import TENSOR_NAMES, SideTensors
 from flashgen.launch.tile_table import TableShape, TileTable, tile_table
-from flashgen.spec import AttentionSpec, DType, Extras, Problem, Shape
+from flashgen.spec import AttentionSpec, Extras, Problem, Shape
 
 _INT32_MAX = 2**31 - 1
 _LOG2E = math.log2(math.e)
@@ -169,12 +170,6 @@ def _score_factors(spec: AttentionSpec, extras: Extras) -> dict[str, float]:
     }
 
 
-def descriptor_fields(layout: Layout4D, dtype: DType, box: tuple[int, ...]) -> dict[str, object]:
-    """Return the fields of a `TensorDescriptor` that moves tiles of the size `box`, all but its base tensor."""
-    elements = torch.empty(0, dtype=getattr(torch, dtype.torch_name))
-    return dict(TensorDescriptor(elements, list(layout.size), list(layout.stride), list(box)).__dict__)
-
-
 def bind_forward(
     problem: Problem,
     config: KernelConfig,
@@ -218,22 +213,15 @@ def kernel_arguments(
     table = forward_table(problem, config, extras, tensors["q"].device)
     side = SideTensors(plan)
     given = {**tensors, **dict(zip(side.names, side(extras, table), strict=True))}
-    values: dict[str, object] = dict(launch_values(problem, config, operands, extras))
-    arguments: dict[str, object] = {}
     (entry,) = plan.entries
-    for name in entry.arguments:
-        kind = argument_kind(name)
-        if kind == "pointer":
-            arguments[name] = given[name.removesuffix("_ptr")]
-        elif kind == "descriptor":
-            operand = descriptor_operand(name)
-            box = entry.box(name, constant_values(problem.spec, config))
-            fields = descriptor_fields(getattr(operands, operand), descriptor_dtype(name, problem.spec), box)
-            fields["base"] = tensors[operand]
-            arguments[name] = TensorDescriptor(**typing.cast("dict[str, typing.Any]", fields))
-        else:
-            arguments[name] = values[name]
-    return arguments | constant_values(problem.spec, config)
+    return entry_arguments(
+        entry,
+        problem.spec,
+        values=launch_values(problem, config, operands, extras),
+        tensors=given,
+        layouts={name: getattr(operands, name) for name in NAMES},
+        constants=constant_values(problem.spec, config),
+    )
 
 
 def forward_table(problem: Problem, config: KernelConfig, extras: Extras, device: torch.device) -> TileTable | None:

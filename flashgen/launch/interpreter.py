@@ -9,7 +9,7 @@ import torch
 
 from flashgen.codegen import KernelConfig, render
 from flashgen.compile import load_kernel
-from flashgen.launch.backward import BackwardCall, entry_arguments, layouts_of
+from flashgen.launch.backward import BackwardCall, layouts_of
 from flashgen.launch.forward import allocate_outputs, grid_size, kernel_arguments
 from flashgen.launch.interpreted import run_interpreted
 from flashgen.spec import DType, Extras, Problem
@@ -74,7 +74,7 @@ def interpret_backward(
     for entry in call.plan.entries:
         grid = call.grid(entry)
         if grid:
-            run_interpreted(load_kernel(call.rendered, entry.name), (grid,), entry_arguments(call, entry, given))
+            run_interpreted(load_kernel(call.rendered, entry.name), (grid,), call.arguments(entry, given))
         call.after(entry.name, given)
     return {name: t if name == "dbias" else t.to(tensors[name[1:]].dtype) for name, t in gradients.items()}
 

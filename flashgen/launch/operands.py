@@ -50,14 +50,19 @@ class Operands:
         """Return why a config cannot read these layouts, or None."""
         if not isinstance(config, TritonForwardConfig) or config.loads != "descriptor":
             return None
-        for name in NAMES:
-            if name == "out" and spec.varlen:
-                continue
-            layout: Layout4D = getattr(self, name)
-            itemsize = spec.dtype.out.itemsize if name == "out" else spec.dtype.itemsize
-            if any(stride <= 0 or stride * itemsize % 16 for stride in layout.stride[:3]):
-                return f"descriptor loads need positive strides of whole 16 bytes, {name} has {list(layout.stride)}"
-        return None
+        itemsizes = dict.fromkeys(("q", "k", "v"), spec.dtype.itemsize)
+        if not spec.varlen:
+            itemsizes["out"] = spec.dtype.out.itemsize
+        return descriptor_refusal({name: getattr(self, name) for name in itemsizes}, itemsizes)
+
+
+def descriptor_refusal(layouts: typing.Mapping[str, Layout4D], itemsizes: typing.Mapping[str, int]) -> str | None:
+    """Return why tensor descriptors cannot describe the layouts that `itemsizes` names, or None."""
+    for name, itemsize in itemsizes.items():
+        strides = layouts[name].stride[:3]
+        if any(stride <= 0 or stride * itemsize % 16 for stride in strides):
+            return f"descriptor loads need positive strides of whole 16 bytes, {name} has {list(layouts[name].stride)}"
+    return None
 
 
 def readable(tensor: torch.Tensor) -> bool:

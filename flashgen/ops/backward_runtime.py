@@ -13,7 +13,7 @@ from flashgen.codegen import KernelConfig, TritonBackwardConfig
 from flashgen.dispatch import Selection
 from flashgen.errors import InputError
 from flashgen.launch import BackwardLaunch, detect_target, layouts_of, readable
-from flashgen.launch.operands import Layout4D
+from flashgen.launch.operands import Layout4D, descriptor_refusal
 from flashgen.ops.call import Options, Tensors, heads_first
 from flashgen.ops.checks import extras_of, problem_of
 from flashgen.ops.runtime import (
@@ -153,11 +153,7 @@ class GradientLayouts:
         """Return why a config cannot read these layouts, or None."""
         if not isinstance(config, TritonBackwardConfig) or config.loads != "descriptor":
             return None
-        for name in ("q", "k", "v", "do"):
-            strides = self.by_name[name].stride[:3]
-            if any(stride <= 0 or stride * spec.dtype.itemsize % 16 for stride in strides):
-                return f"descriptor loads need positive strides of whole 16 bytes, {name} has {list(strides)}"
-        return None
+        return descriptor_refusal(self.by_name, dict.fromkeys(("q", "k", "v", "do"), spec.dtype.itemsize))
 
 
 def expected_layouts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> GradientLayouts:

@@ -14,7 +14,7 @@ from flashgen.codegen import TritonBackwardConfig, TritonForwardConfig, constant
 from flashgen.compile import CompiledKernel
 from flashgen.errors import ConfigError, InputError
 from flashgen.launch import BackwardLaunch, bind_backward, interpret_backward, layouts_of
-from flashgen.launch.backward import BackwardCall, entry_arguments
+from flashgen.launch.backward import BackwardCall
 from flashgen.measure import (
     poisoned_gradients,
     random_extras,
@@ -104,7 +104,7 @@ def test_bound_arguments_are_those_of_the_kernels(name: str, words: str, launche
     assert [handle for handle, _, _ in launched] == [entry.name for entry in entries]
     for entry, (_, grid, arguments) in zip(entries, launched, strict=True):
         assert grid == call.grid(entry) > 0
-        want = entry_arguments(call, entry, scratch)
+        want = call.arguments(entry, scratch)
         assert list(want) == [*entry.arguments, *entry.constants]
         assert len(arguments) == len(want)
         for argument, got in zip(want, arguments, strict=True):
