@@ -27,8 +27,13 @@ from flashgen.target import GpuTarget
 
 # Lane operations per score beside its exp2: scale, subtract lse and delta, multiply, two conversions.
 _OPS_PER_SCORE = 7
-# A tile of dQ in float32 is read and written where key tiles add to it, and waits for the one before where in order.
-_ADDED_BYTES, _ORDER_CLOCKS = 8, 1000
+# Tiles of dQ that are added in float32, which nothing hides: an H200 took 10 to 44 bytes a clock, by tile. The lowest
+# of them, as dQ's own kernel was faster in all problems that were measured.
+_ADDED_BYTES_PER_CLOCK = 10.0
+# What a float32 dQ is passed over for, a byte an element: zeroed, read again, written in 16 bits.
+_PASSED_BYTES = 4 + 4 + 2
+# A tile that is added in order waits for the one before.
+_ORDER_CLOCKS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,9 @@ def predict_backward_us(
         if kernel.programs
     )
     busy_us = max(clocks / CLOCK_HZ * 1e6, problem.min_bytes() / (target.bandwidth_gbs * 1e3))
+    if config.dq != "kernel":
+        rows = sum(seqlen_q for seqlen_q, _ in problem.lengths()) * problem.shape.nheads_q
+        busy_us += rows * problem.spec.head_dim_qk * _PASSED_BYTES / (target.bandwidth_gbs * 1e3)
     waves = math.ceil(kernels[0].programs / (target.num_sms * blocks))
     # The kernel of delta is launched, too.
     us = busy_us + LAUNCH_US * (1 + len(kernels))
@@ -137,16 +145,17 @@ def _clocks(problem: Problem, target: GpuTarget, config: TritonBackwardConfig, k
     copied = float(kernel.step * (width_qk + width_v) * spec.dtype.itemsize)
     if config.loads != "descriptor" or not target.has_tma:
         copied *= THREAD_COPY_FACTOR
-    added = kernel.step * width_qk * _ADDED_BYTES if kernel.adds else 0
     step = step_clocks(
         matrix=blocks * flops / _flops_per_clock(spec.dtype, target) * _waste(kernel, target),
         vector=blocks * _vector_clocks(problem, kernel, target),
-        loads=blocks * (copied + added) / L2_BYTES_PER_CLOCK,
+        loads=blocks * copied / L2_BYTES_PER_CLOCK,
         blocks=blocks,
         num_warps=kernel.num_warps,
         num_stages=kernel.num_stages,
         target=target,
     )
+    if kernel.adds:
+        step += blocks * kernel.step * width_qk * 4 / _ADDED_BYTES_PER_CLOCK
     step += _ORDER_CLOCKS if kernel.in_order else 0
     # What a program reads once and writes once.
     edges = 2 * kernel.own * (width_qk + width_v) * spec.dtype.itemsize / L2_BYTES_PER_CLOCK + TILE_OVERHEAD_CLOCKS
