@@ -21,6 +21,11 @@ def resource_dir(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
+def module_source(name: str) -> str:
+    """Return the source of the flashgen module with this dotted name, without importing it."""
+    return _PACKAGE.parent.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+
+
 def shipped_registry_dir() -> Path:
     """Return the folder of tuned entries that ship with the package."""
     return _PACKAGE / "tuned"

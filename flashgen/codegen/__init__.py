@@ -2,11 +2,13 @@
 
 from flashgen.codegen.arguments import argument_kind
 from flashgen.codegen.config import (
+    HopperForwardConfig,
     KernelConfig,
     LaunchOptions,
     TritonBackwardConfig,
     TritonForwardConfig,
     config_from_dict,
+    templates_of,
 )
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.kernel_plan import KernelPlan
@@ -17,6 +19,7 @@ from flashgen.codegen.signature import capture_pointers
 
 __all__ = [
     "EntryPlan",
+    "HopperForwardConfig",
     "KernelConfig",
     "KernelPlan",
     "KernelResources",
@@ -32,4 +35,5 @@ __all__ = [
     "is_current",
     "make_plan",
     "render",
+    "templates_of",
 ]

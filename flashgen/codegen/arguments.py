@@ -77,6 +77,7 @@ def side_pointer_types(spec: AttentionSpec) -> dict[str, str]:
         **dict.fromkeys(floats, "fp32"),
         **dict.fromkeys((*ints, *tiles, *row_tiles), "i32"),
         "bias_ptr": bias,
+        "tile_counter_ptr": "i32",
         "rng_ptr": "i64",
         "out_ptr": element_type(spec.dtype.out),
     }

@@ -7,15 +7,38 @@ import functools
 import typing
 
 from flashgen.errors import ConfigError
+from flashgen.spec import Phase
+
+ROWS_OF_CONSUMER = 64
+"""Query rows of one warpgroup: what its matrix instructions compute at once."""
+
+_REGISTERS_OF_HOPPER = 65536  # of a multiprocessor
+_PRODUCER_REGISTERS = 24  # of a thread: what setmaxnreg allows at least
+_MAX_CONSUMER_REGISTERS = 240
+_THREADS_OF_WARPGROUP = 128
 
 Scalar = int | str
 Loads = typing.Literal["pointer", "descriptor"]
 Loops = typing.Literal["split", "single"]
 QueryGradient = typing.Literal["kernel", "atomic", "ordered"]
+Queries = typing.Literal["shared", "registers"]
+Turns = typing.Literal["free", "alternate"]
+Convert = typing.Literal["early", "late"]
+OutBuffer = typing.Literal["own", "half", "queries"]
+Diagonal = typing.Literal["whole", "half"]
+Tiles = typing.Literal["apart", "overlap"]
+Pack = typing.Literal["rows", "heads"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loads": typing.get_args(Loads),
     "loops": typing.get_args(Loops),
     "dq": typing.get_args(QueryGradient),
+    "queries": typing.get_args(Queries),
+    "turns": typing.get_args(Turns),
+    "convert": typing.get_args(Convert),
+    "out_buffer": typing.get_args(OutBuffer),
+    "diagonal": typing.get_args(Diagonal),
+    "tiles": typing.get_args(Tiles),
+    "pack": typing.get_args(Pack),
 }
 
 
@@ -39,10 +62,21 @@ class KernelConfig:
     """
 
     template: typing.ClassVar[str]
+    phase: typing.ClassVar[Phase] = "forward"
 
     num_warps: int
     num_stages: int
     maxnreg: int = 0
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """The tiles of scores, query rows and keys, that the kernels of the config work in."""
+        raise NotImplementedError
+
+    @property
+    def heads_of_tile(self) -> int:
+        """Query heads, all of one group, that one program works on together."""
+        return 1
 
     def launch_options(self, entry_point: str) -> LaunchOptions:
         """Return the launch options of one kernel of the rendered module."""
@@ -82,6 +116,89 @@ class TritonForwardConfig(KernelConfig):
     head_tiles: int = 1
     loops: Loops = "split"
 
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        return ((self.block_m, self.block_n),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class HopperForwardConfig(KernelConfig):
+    """Numbers of `templates/gluon/hopper_forward.py.jinja`, whose programs stay and take tile after tile.
+
+    One warp, the producer, copies Q, K and V; warpgroups of 4 warps, the consumers, compute 64 query rows each.
+    num_warps is 4, the warps of one consumer; num_stages counts the tiles of K, and those of V, in flight.
+
+    Attributes:
+        consumers: warpgroups that compute: 64 query rows each, on the same keys.
+        block_n: keys of one step.
+        pack: what the consumers of a tile have, on the same keys: other `rows` of one head, or the same rows of other
+            query `heads` of one group.
+        programs: how many programs share a multiprocessor, its registers and its shared memory.
+        queries: where products read Q: `shared` memory, or `registers`, which frees Q's buffer at once.
+        turns: `free`, or `alternate`: consumers issue their products one after the other, so that one's softmax runs
+            beside the other's products.
+        convert: whether probabilities are converted before (`early`) or after (`late`) the wait for the product of
+            the step before.
+        rescale: powers of two by which a row's maximum must grow before its output is rescaled; 0 rescales always.
+            The maximum that was used stays the one used: results are exact to rounding.
+        out_buffer: shared memory through which the output leaves: its `own`, one of `half` a tile, in two rounds, or
+            that of the `queries`.
+        diagonal: `half` skips the right half of the first key tile where no row of a consumer sees it.
+        tiles: `overlap` computes the first scores of the next tile beside the last product of this one; `apart` does
+            not.
+        loops: `split` walks key tiles that every row sees in a loop without mask code, `single` all of them in one
+            loop with a branch, which is less code: for windows of few tiles.
+        head_group: heads whose tiles are handed out together, so that their K and V share the L2 cache; like the next,
+            a run-time number that costs no compile.
+        tail_heads: heads at the end that form one group, so that their longest tiles do not come last.
+    """
+
+    template: typing.ClassVar[str] = "gluon/hopper_forward"
+
+    consumers: int
+    block_n: int
+    pack: Pack = "rows"
+    programs: int = 1
+    queries: Queries = "shared"
+    turns: Turns = "free"
+    convert: Convert = "early"
+    rescale: int = 0
+    out_buffer: OutBuffer = "own"
+    diagonal: Diagonal = "whole"
+    tiles: Tiles = "apart"
+    loops: Loops = "split"
+    head_group: int = 1
+    tail_heads: int = 0
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of one program's tile, in each of its heads."""
+        return ROWS_OF_CONSUMER * self.consumers // self.heads_of_tile
+
+    @property
+    def heads_of_tile(self) -> int:
+        return self.consumers if self.pack == "heads" else 1
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        return ((self.block_m, self.block_n),)
+
+    def launch_options(self, entry_point: str) -> LaunchOptions:
+        # The registers that every thread starts with; consumers then take what the producer gives up.
+        return LaunchOptions(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self._registers_at_start)
+
+    @property
+    def _registers_at_start(self) -> int:
+        # The producer, one warp, takes a warpgroup's share.
+        threads = self.programs * (self.consumers + 1) * _THREADS_OF_WARPGROUP
+        return min(_REGISTERS_OF_HOPPER // threads // 8 * 8, _MAX_CONSUMER_REGISTERS)
+
+    @property
+    def role_registers(self) -> tuple[int, int]:
+        """Registers of a thread of a consumer, and of the producer."""
+        shared = self._registers_at_start * (self.consumers + 1) - _PRODUCER_REGISTERS
+        return min(shared // self.consumers // 8 * 8, _MAX_CONSUMER_REGISTERS), _PRODUCER_REGISTERS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
 class TritonBackwardConfig(KernelConfig):
@@ -102,6 +219,7 @@ class TritonBackwardConfig(KernelConfig):
     """
 
     template: typing.ClassVar[str] = "triton/backward"
+    phase: typing.ClassVar[Phase] = "backward"
 
     block_m1: int
     block_n1: int
@@ -114,6 +232,11 @@ class TritonBackwardConfig(KernelConfig):
     head_group: int = 1
     loops: Loops = "split"
 
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        own = ((self.block_m2, self.block_n2),) if self.dq == "kernel" else ()
+        return ((self.block_m1, self.block_n1), *own)
+
     def launch_options(self, entry_point: str) -> LaunchOptions:
         if entry_point == "attn_bwd_dq":
             return LaunchOptions(num_warps=self.num_warps2, num_stages=self.num_stages2, maxnreg=0)
@@ -124,8 +247,14 @@ class TritonBackwardConfig(KernelConfig):
 
 
 _CONFIG_TYPES: dict[str, type[KernelConfig]] = {
-    config_type.template: config_type for config_type in (TritonForwardConfig, TritonBackwardConfig)
+    config_type.template: config_type
+    for config_type in (TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig)
 }
+
+
+def templates_of(phase: Phase) -> tuple[str, ...]:
+    """Return the templates that have kernels of a phase, the portable one first."""
+    return tuple(template for template, config_type in _CONFIG_TYPES.items() if config_type.phase == phase)
 
 
 @functools.cache

@@ -11,10 +11,11 @@ import dataclasses
 import typing
 
 from flashgen.codegen.backward_constraints import BACKWARD_CONSTRAINTS
-from flashgen.codegen.config import KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.codegen.forward_constraints import FORWARD_CONSTRAINTS
+from flashgen.codegen.hopper_constraints import HOPPER_CONSTRAINTS
 from flashgen.errors import ConfigError
-from flashgen.spec import AttentionSpec, Phase
+from flashgen.spec import AttentionSpec, Phase, Shape
 from flashgen.target import GpuTarget
 
 ConfigT = typing.TypeVar("ConfigT", bound=KernelConfig)
@@ -46,9 +47,16 @@ class ConstraintTable(typing.Generic[ConfigT]):
         return next((name for name in names if self.reason(name, config, spec, target) is not None), None)
 
 
-_TABLES: dict[str, ConstraintTable[TritonForwardConfig] | ConstraintTable[TritonBackwardConfig]] = {
+AnyTable = (
+    ConstraintTable[TritonForwardConfig] | ConstraintTable[HopperForwardConfig] | ConstraintTable[TritonBackwardConfig]
+)
+
+_TABLES: dict[str, AnyTable] = {
     TritonForwardConfig.template: ConstraintTable(
         config_type=TritonForwardConfig, phase="forward", predicates=FORWARD_CONSTRAINTS
+    ),
+    HopperForwardConfig.template: ConstraintTable(
+        config_type=HopperForwardConfig, phase="forward", predicates=HOPPER_CONSTRAINTS
     ),
     TritonBackwardConfig.template: ConstraintTable(
         config_type=TritonBackwardConfig, phase="backward", predicates=BACKWARD_CONSTRAINTS
@@ -56,7 +64,7 @@ _TABLES: dict[str, ConstraintTable[TritonForwardConfig] | ConstraintTable[Triton
 }
 
 
-def constraints_of(template: str) -> ConstraintTable[TritonForwardConfig] | ConstraintTable[TritonBackwardConfig]:
+def constraints_of(template: str) -> AnyTable:
     """Return the limits of the configs of `template`.
 
     Raises:
@@ -79,6 +87,21 @@ def check_config(config: KernelConfig, spec: AttentionSpec, target: GpuTarget) -
         return (f"{config.template} has no kernels of the {spec.phase} phase",)
     reasons = (table.reason(name, config, spec, target) for name in table.predicates)
     return tuple(reason for reason in reasons if reason is not None)
+
+
+def interpreter_refusal(config: KernelConfig) -> str | None:
+    """Return why the kernels of a config cannot run on CPU tensors, or None: Triton's interpreter knows no Gluon."""
+    if not config.template.startswith("gluon/"):
+        return None
+    return f"{config.template} is written in Gluon, which Triton's interpreter does not run: it needs a GPU"
+
+
+def shape_refusal(config: KernelConfig, shape: Shape) -> str | None:
+    """Return why a config that is legal for a spec cannot compute this shape of it, or None."""
+    heads = config.heads_of_tile
+    if shape.group % heads:
+        return f"a tile has {heads} query heads of one group, which a group of {shape.group} does not divide into"
+    return None
 
 
 def require_legal(config: KernelConfig, spec: AttentionSpec, target: GpuTarget) -> None:

@@ -72,13 +72,16 @@ def tma_reason(target: GpuTarget) -> str | None:
     return None if target.has_tma else f"loads=descriptor needs bulk copies (sm_90 and later), {target.arch} has none"
 
 
-def alignment_reason(spec: AttentionSpec, box: int) -> str | None:
-    """Return why bulk copies cannot move rows of the spec's head dimensions in boxes with this largest side."""
+def alignment_reason(spec: AttentionSpec, box: int, copy: str = "loads=descriptor") -> str | None:
+    """Return why bulk copies cannot move rows of the spec's head dimensions in boxes with this largest side.
+
+    `copy` is what the config calls them.
+    """
     for name, dims in (("head_dim_qk", spec.head_dim_qk), ("head_dim_v", spec.head_dim_v)):
         if dims * spec.dtype.itemsize % 16:
-            return f"rows of {name}={dims} {spec.dtype} are not a multiple of 16 bytes, as loads=descriptor needs"
+            return f"rows of {name}={dims} {spec.dtype} are not a multiple of 16 bytes, as {copy} needs"
     if box > _MAX_DESCRIPTOR_BOX:
-        return f"a tile side of {box} is more than the {_MAX_DESCRIPTOR_BOX} that loads=descriptor moves at once"
+        return f"a tile side of {box} is more than the {_MAX_DESCRIPTOR_BOX} that {copy} moves at once"
     return None
 
 

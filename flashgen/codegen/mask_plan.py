@@ -109,6 +109,13 @@ class MaskPlan:
         return not self.statements and self.leaves[0].mask in (Causal(), Full())
 
     @property
+    def window(self) -> tuple[str, ...]:
+        """The numbers of a mask that is one window with a left edge: how far it goes to the left, and to the right."""
+        leaf, *others = self.leaves
+        alone = not others and not self.statements and isinstance(leaf.mask, SlidingWindow) and leaf.left_edge
+        return leaf.numbers if alone else ()
+
+    @property
     def result(self) -> str:
         """The name of what the statements compute."""
         return self.statements[-1].split(" = ")[0]

@@ -7,8 +7,15 @@ from __future__ import annotations
 
 from flashgen.codegen.backward_entries import backward_constants
 from flashgen.codegen.backward_plan import make_backward_plan
-from flashgen.codegen.config import KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import (
+    HopperForwardConfig,
+    KernelConfig,
+    TritonBackwardConfig,
+    TritonForwardConfig,
+    templates_of,
+)
 from flashgen.codegen.forward_plan import forward_constants, make_forward_plan
+from flashgen.codegen.hopper_plan import hopper_constants, make_hopper_plan
 from flashgen.codegen.kernel_plan import KernelPlan
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec
@@ -23,6 +30,8 @@ def make_plan(spec: AttentionSpec, config: KernelConfig) -> KernelPlan:
     match spec.phase, config:
         case "forward", TritonForwardConfig():
             return make_forward_plan(spec, config)
+        case "forward", HopperForwardConfig():
+            return make_hopper_plan(spec, config)
         case "backward", TritonBackwardConfig():
             return make_backward_plan(spec, config)
     raise ConfigError(_wrong_phase(spec, config))
@@ -37,11 +46,13 @@ def constant_values(spec: AttentionSpec, config: KernelConfig) -> dict[str, int]
     match spec.phase, config:
         case "forward", TritonForwardConfig():
             return forward_constants(spec, config)
+        case "forward", HopperForwardConfig():
+            return hopper_constants(spec, config)
         case "backward", TritonBackwardConfig():
             return backward_constants(spec, config)
     raise ConfigError(_wrong_phase(spec, config))
 
 
 def _wrong_phase(spec: AttentionSpec, config: KernelConfig) -> str:
-    known = {"forward": TritonForwardConfig.template, "backward": TritonBackwardConfig.template}[spec.phase]
+    known = ", ".join(templates_of(spec.phase))
     return f"template {config.template!r} has no kernels of the {spec.phase} phase; known: {known}"

@@ -12,7 +12,7 @@ import jinja2
 from flashgen.codegen.config import KernelConfig
 from flashgen.codegen.kernel_plan import KernelPlan
 from flashgen.codegen.plan import make_plan
-from flashgen.resources import resource_dir
+from flashgen.resources import module_source, resource_dir
 from flashgen.spec import AttentionSpec
 
 
@@ -23,7 +23,8 @@ class RenderedKernel:
     Attributes:
         source: the whole module, formatted.
         entry_point: name of the kernel in it.
-        digest: hash of the code without comments and docstrings; what keys tuned entries and cached files.
+        digest: hash of the code, without comments and docstrings, and of what it imports from flashgen; what keys tuned
+            entries and cached files.
         plan: the structure that the source has.
     """
 
@@ -67,12 +68,40 @@ def _environment() -> jinja2.Environment:
 
 
 def code_digest(source: str) -> str:
-    """Return 16 hex digits that change when the code changes, not when a comment or docstring does."""
+    """Return 16 hex digits that change when the code changes, not when a comment or docstring does.
+
+    The modules of flashgen that the code imports are part of it.
+    """
+    tree = _code(source)
+    imported = sorted(
+        node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flashgen.")
+    )
+    text = "".join([_canonical(tree), *map(_canonical_module, imported)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _canonical_module(name: str) -> str:
+    return _canonical(_code(module_source(name)))
+
+
+def _code(source: str) -> ast.Module:
+    """Return the syntax tree without docstrings, those of constants included."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return hashlib.sha256(_canonical(tree).encode()).hexdigest()[:16]
+        if isinstance(node, (ast.Module, ast.FunctionDef)):
+            node.body = [statement for statement in node.body if not _is_text(statement)]
+    return tree
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
 
 def _canonical(node: object) -> str:

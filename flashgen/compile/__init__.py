@@ -9,6 +9,7 @@ from flashgen.compile.compiler import (
     compile_kernel,
     descriptor_dtype,
     descriptor_operand,
+    shared_layout,
 )
 from flashgen.compile.job import CompileReport, compile_job
 from flashgen.compile.modules import load_kernel, source_path
@@ -26,5 +27,6 @@ __all__ = [
     "descriptor_dtype",
     "descriptor_operand",
     "load_kernel",
+    "shared_layout",
     "source_path",
 ]

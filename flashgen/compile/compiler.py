@@ -11,6 +11,8 @@ import typing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from flashgen.codegen import (
     EntryPlan,
@@ -91,8 +93,6 @@ def _compile_entry(
     entry: EntryPlan, rendered: RenderedKernel, spec: AttentionSpec, config: KernelConfig, target: GpuTarget
 ) -> CompiledEntry:
     constants = {name: value for name, value in constant_values(spec, config).items() if name in entry.constants}
-    signature = {name: _argument_type(name, entry, spec, constants) for name in entry.arguments}
-    signature |= dict.fromkeys(entry.constants, "constexpr")
     launch = config.launch_options(entry.name)
     options: dict[str, object] = {
         "num_warps": launch.num_warps,
@@ -103,7 +103,10 @@ def _compile_entry(
     if launch.maxnreg:
         options["maxnreg"] = launch.maxnreg
     kernel = load_kernel(rendered, entry.name)
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=_alignment(entry, spec))
+    signature = {name: _argument_type(name, entry, spec, constants, kernel.is_gluon()) for name in entry.arguments}
+    signature |= dict.fromkeys(entry.constants, "constexpr")
+    make_source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make_source(kernel, signature, constexprs=constants, attrs=_alignment(entry, spec))
     arch: int | str = target.arch if target.backend == "hip" else target.capability
     try:
         # Where the assembler refuses a kernel, Triton prints all of it.
@@ -125,14 +128,22 @@ def _resources(handle: typing.Any, target: GpuTarget) -> KernelResources:
     return cubin_resources(handle.asm["cubin"], handle.metadata.shared)
 
 
-def _argument_type(name: str, entry: EntryPlan, spec: AttentionSpec, constants: dict[str, int]) -> str:
+def _argument_type(name: str, entry: EntryPlan, spec: AttentionSpec, constants: dict[str, int], is_gluon: bool) -> str:
     kind = argument_kind(name)
     if kind == "pointer":
         return f"*{dict(entry.pointer_types).get(name, element_type(spec.dtype))}"
     if kind == "descriptor":
         element = element_type(descriptor_dtype(name, spec))
-        return f"tensordesc<{element}{list(entry.box(name, constants))}>"
+        box = list(entry.box(name, constants))
+        # Triton finds the layout of a tile itself, Gluon is told.
+        layout = f",{shared_layout(box, descriptor_dtype(name, spec))!r}" if is_gluon else ""
+        return f"tensordesc<{element}{box}{layout}>"
     return scalar_type(kind)
+
+
+def shared_layout(box: typing.Sequence[int], dtype: DType) -> typing.Any:
+    """Return the layout in which Gluon kernels hold a descriptor's tile in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(box), getattr(gl, dtype.torch_name))
 
 
 def descriptor_dtype(name: str, spec: AttentionSpec) -> DType:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import typing
 
 import jinja2
 import pytest
 
 from flashgen.codegen import (
+    HopperForwardConfig,
     KernelConfig,
     TritonForwardConfig,
     argument_kind,
@@ -19,8 +21,9 @@ from flashgen.codegen import (
     render,
 )
 from flashgen.codegen.head_tiles import head_tiles, next_power_of_two
-from flashgen.codegen.render import _environment
+from flashgen.codegen.render import _canonical_module, _environment
 from flashgen.errors import ConfigError
+from flashgen.resources import module_source
 from flashgen.spec import AttentionSpec, DType, causal
 
 SPEC = AttentionSpec(dtype=DType.FP16, head_dim_qk=64, head_dim_v=64, mask=causal())
@@ -98,6 +101,37 @@ def test_digest_changes_with_every_statement_that_is_dropped() -> None:
         source.replace("b=1", "b: int = 1"),
     ]
     assert len({code_digest(variant) for variant in variants}) == len(variants)
+
+
+HOPPER = HopperForwardConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
+PRIMITIVES = "flashgen.primitives.hopper"
+# By its name it is the function.
+RENDER_MODULE = importlib.import_module("flashgen.codegen.render")
+
+
+def test_digest_covers_what_the_source_imports_from_flashgen(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = render(SPEC, HOPPER).source
+    digest = code_digest(source)
+    primitives = module_source(PRIMITIVES)
+    changes = {
+        "code": primitives.replace("count=1", "count=2"),
+        "a comment": primitives + "# The end.\n",
+        "a docstring": primitives.replace("Arrive at a barrier once.", "Arrive."),
+        "the docstring of a constant": primitives.replace("Where packed sequences end", "Where sequences end"),
+    }
+    for what, text in changes.items():
+        assert text != primitives, what
+        with monkeypatch.context() as patch:
+            patch.setattr(RENDER_MODULE, "module_source", {PRIMITIVES: text}.__getitem__)
+            _canonical_module.cache_clear()
+            assert (code_digest(source) != digest) == (what == "code"), what
+    _canonical_module.cache_clear()
+    assert code_digest(source) == digest
+
+
+def test_digests_of_all_python_versions_are_one() -> None:
+    # ast.dump, or a field that only some versions have, would give another.
+    assert code_digest("def f(a: int, *, b=1):\n    return f'{a} {b:>{3}}', -1, 1.5, None, ...\n") == "2cba113fe85c6002"
 
 
 def test_is_current() -> None:
