@@ -8,9 +8,9 @@ from flashgen.launch.forward import (
     bind_forward,
     forward_table,
     grid_size,
-    launch,
 )
 from flashgen.launch.interpreter import fill_unseen, interpret_backward, interpret_forward
+from flashgen.launch.kernel import launch
 from flashgen.launch.operands import Operands, readable
 from flashgen.launch.side_tensors import SideTensors
 

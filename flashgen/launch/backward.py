@@ -6,7 +6,6 @@ import typing
 from collections.abc import Callable, Mapping
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashgen.codegen import (
     EntryPlan,
@@ -18,10 +17,12 @@ from flashgen.codegen import (
     render,
 )
 from flashgen.codegen.backward_plan import BackwardPlan
-from flashgen.compile import CompiledEntry, CompiledKernel, descriptor_dtype, descriptor_operand
+from flashgen.compile import CompiledEntry, CompiledKernel
 from flashgen.errors import ConfigError
-from flashgen.launch.arguments import descriptor_fields, entry_arguments
-from flashgen.launch.forward import check_sizes, launch, launch_values
+from flashgen.launch.arguments import entry_arguments
+from flashgen.launch.descriptors import entry_descriptors
+from flashgen.launch.forward import check_sizes, launch_values
+from flashgen.launch.kernel import BoundKernel
 from flashgen.launch.operands import Layout4D, Operands
 from flashgen.launch.side_tensors import SideTensors
 from flashgen.launch.tile_table import TableShape, tile_table
@@ -48,17 +49,29 @@ class BackwardLaunch:
         layouts: Mapping[str, Layout4D],
     ) -> None:
         self._call = BackwardCall(problem, config, extras, layouts)
-        constants = self._call.constants
-        self._entries = [
-            _BoundEntry(entry, built, self._call.grid(entry), self._call.values(entry), self._call, constants)
+        self._kernels = [
+            (entry.name, self._bind(entry, built) if self._call.grid(entry) else None)
             for entry, built in zip(self._call.plan.entries, compiled.entries, strict=True)
         ]
 
+    def _bind(self, entry: EntryPlan, built: CompiledEntry) -> BoundKernel:
+        call = self._call
+        tensors = (name.removesuffix("_ptr") for name in entry.arguments if argument_kind(name) == "pointer")
+        return BoundKernel(
+            entry,
+            built,
+            grid=call.grid(entry),
+            values=call.values(entry),
+            descriptors=entry_descriptors(entry, call.plan, call.layouts, call.constants),
+            slots={name: name for name in (*tensors, *call.layouts)},
+        )
+
     def __call__(self, tensors: Tensors, extras: Extras) -> None:
         given = self._call.with_scratch(tensors, extras)
-        for entry in self._entries:
-            entry(given)
-            self._call.after(entry.name, given)
+        for name, kernel in self._kernels:
+            if kernel is not None:
+                kernel(given)
+            self._call.after(name, given)
 
 
 class BackwardCall:
@@ -163,10 +176,10 @@ class BackwardCall:
         return tile_table(self._problem, self.rendered, tiles, extras, device)
 
     def arguments(self, entry: EntryPlan, given: Tensors) -> dict[str, object]:
-        """Return every argument of one kernel by name, as a call of the `@triton.jit` function takes them."""
+        """Return every argument of one kernel by name, as a call of the JIT function takes them."""
         return entry_arguments(
             entry,
-            self.plan.spec,
+            self.plan,
             values=self.values(entry),
             tensors=given,
             layouts=self.layouts,
@@ -181,49 +194,6 @@ class BackwardCall:
             given["delta"][..., : dlse.shape[-1]].sub_(dlse)
         if entry_name == "attn_bwd_dkdv" and "dq_out" in given:
             torch.mul(given["dq"], self._scale, out=given["dq_out"])
-
-
-class _BoundEntry:
-    """One kernel, with all of its arguments but the tensors."""
-
-    def __init__(
-        self,
-        entry: EntryPlan,
-        built: CompiledEntry,
-        grid: int,
-        values: Mapping[str, int | float],
-        call: BackwardCall,
-        constants: dict[str, int],
-    ) -> None:
-        self.name = entry.name
-        self._grid = grid
-        self._handle = built.handle
-        self._arguments: list[object] = [values.get(name) for name in entry.arguments]
-        self._arguments += built.constants
-        self._pointers: list[tuple[int, str]] = []
-        self._descriptors: list[tuple[int, str, dict[str, object]]] = []
-        for index, name in enumerate(entry.arguments):
-            kind = argument_kind(name)
-            if kind == "pointer":
-                self._pointers.append((index, name.removesuffix("_ptr")))
-            elif kind == "descriptor":
-                operand, dtype = descriptor_operand(name), descriptor_dtype(name, call.plan.spec)
-                fields = descriptor_fields(call.layouts[operand], dtype, entry.box(name, constants))
-                self._descriptors.append((index, operand, fields))
-
-    def __call__(self, tensors: Tensors) -> None:
-        if not self._grid:
-            return
-        arguments = self._arguments.copy()
-        for index, name in self._pointers:
-            arguments[index] = tensors[name]
-        for index, name, fields in self._descriptors:
-            # Made without __init__: its checks of what was checked once cost 3 us a descriptor.
-            descriptor = object.__new__(TensorDescriptor)
-            descriptor.__dict__.update(fields)
-            descriptor.base = tensors[name]
-            arguments[index] = descriptor
-        launch(self._handle, self._grid, arguments)
 
 
 def layouts_of(tensors: Tensors) -> dict[str, Layout4D]:

@@ -6,22 +6,23 @@ import math
 import typing
 
 import torch
-import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashgen.codegen import (
+    HopperForwardConfig,
     KernelConfig,
     KernelPlan,
     TritonForwardConfig,
-    argument_kind,
     capture_pointers,
     constant_values,
     render,
 )
 from flashgen.codegen.mask_plan import mask_numbers
-from flashgen.compile import CompiledKernel, descriptor_dtype, descriptor_operand
+from flashgen.compile import CompiledKernel
 from flashgen.errors import ConfigError, InputError
-from flashgen.launch.arguments import descriptor_fields, entry_arguments
+from flashgen.launch.arguments import entry_arguments
+from flashgen.launch.descriptors import entry_descriptors
+from flashgen.launch.device import detect_target
+from flashgen.launch.kernel import TILE_COUNTER, BoundKernel
 from flashgen.launch.operands import NAMES, Operands
 from flashgen.launch.side_tensors import TENSOR_NAMES, SideTensors
 from flashgen.launch.tile_table import TableShape, TileTable, tile_table
@@ -29,6 +30,9 @@ from flashgen.spec import AttentionSpec, Extras, Problem, Shape
 
 _INT32_MAX = 2**31 - 1
 _LOG2E = math.log2(math.e)
+_LEAST_SCALE = 1e-30
+# Any config of the template whose modules hold the kernel that asks a mask.
+_PORTABLE = TritonForwardConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)
 
 
 class ForwardLaunch:
@@ -47,72 +51,48 @@ class ForwardLaunch:
         config: KernelConfig,
         operands: Operands,
         extras: Extras,
+        device: torch.device,
     ) -> None:
-        values = launch_values(problem, config, operands, extras)
-        self._grid = grid_size(problem.shape, config)
-        entry, built = plan.entries[0], compiled.entries[0]
-        self._handle = built.handle
-        self._pointers: list[tuple[int, int]] = []
-        self._descriptors: list[tuple[int, int, dict[str, object]]] = []
-        self._arguments: list[object] = []
-        first = len(TENSOR_NAMES)
-        slots = {name: slot for slot, name in enumerate(TENSOR_NAMES)}
-        slots |= {name: first + index for index, name in enumerate(SideTensors(plan).names)}
-        for index, name in enumerate(entry.arguments):
-            kind = argument_kind(name)
-            if kind == "pointer":
-                self._pointers.append((index, slots[name.removesuffix("_ptr")]))
-            elif kind == "descriptor":
-                operand = descriptor_operand(name)
-                box = entry.box(name, constant_values(problem.spec, config))
-                fields = descriptor_fields(getattr(operands, operand), descriptor_dtype(name, problem.spec), box)
-                self._descriptors.append((index, slots[operand], fields))
-            self._arguments.append(values.get(name))
-        self._arguments.extend(built.constants)
+        (entry,), (built,) = plan.entries, compiled.entries
+        layouts = {name: getattr(operands, name) for name in NAMES}
+        self._kernel = BoundKernel(
+            entry,
+            built,
+            grid=num_programs(problem.shape, config, device),
+            values=launch_values(problem, config, operands, extras),
+            descriptors=entry_descriptors(entry, plan, layouts, constant_values(problem.spec, config)),
+            slots={name: slot for slot, name in enumerate((*TENSOR_NAMES, *SideTensors(plan).names))},
+        )
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
-        arguments = self._arguments.copy()
-        for index, slot in self._pointers:
-            arguments[index] = tensors[slot]
-        for index, slot, fields in self._descriptors:
-            # Made without __init__: its checks of what was checked once cost 3 us a descriptor.
-            descriptor = object.__new__(TensorDescriptor)
-            descriptor.__dict__.update(fields)
-            descriptor.base = tensors[slot]
-            arguments[index] = descriptor
-        launch(self._handle, self._grid, arguments)
-
-
-def launch(handle: typing.Any, grid: int, arguments: typing.Sequence[object]) -> None:
-    """Launch a Triton kernel on the current device and stream, around the JIT and its argument parsing."""
-    hooks = triton.knobs.runtime
-    if _listens(hooks.launch_enter_hook) or _listens(hooks.launch_exit_hook):
-        # A profiler: take the public way, which tells it what runs.
-        handle[(grid, 1, 1)](*arguments)
-        return
-    driver = triton.runtime.driver.active
-    stream = driver.get_current_stream(driver.get_current_device())
-    # `run` loads the binary on first use, so it must be read before `function`.
-    run = handle.run
-    run(grid, 1, 1, stream, handle.function, handle.packed_metadata, None, None, None, *arguments)
-
-
-def _listens(hook: typing.Any) -> bool:
-    # A chain of hooks, empty unless somebody added one; older code sets a plain function or None.
-    return bool(getattr(hook, "calls", hook))
+        self._kernel(tensors)
 
 
 def grid_size(shape: Shape, config: KernelConfig) -> int:
-    """Return the number of programs: one for each query tile of each head.
+    """Return the number of tiles of work: one for each query tile of each head.
 
     Raises:
         InputError: if it is past what a GPU can launch, or a size past 32-bit integers.
+        ConfigError: if the config is not one of a forward kernel.
     """
-    if not isinstance(config, TritonForwardConfig):
-        raise ConfigError(f"no grid for template {config.template!r}; known: {TritonForwardConfig.template}")
-    grid = -(-shape.seqlen_q // config.block_m) * shape.batch * shape.nheads_q
-    check_sizes(shape, grid, config.block_m)
+    if config.phase != "forward":
+        raise ConfigError(f"template {config.template!r} has no forward kernel")
+    ((block_m, _),) = config.blocks
+    grid = -(-shape.seqlen_q // block_m) * shape.batch * (shape.nheads_q // config.heads_of_tile)
+    check_sizes(shape, grid, block_m)
     return grid
+
+
+def num_programs(shape: Shape, config: KernelConfig, device: torch.device) -> int:
+    """Return how many programs are launched: one for each tile, or as many as stay resident where programs do.
+
+    Raises:
+        InputError: as `grid_size`; and for programs that stay, as `detect_target`.
+    """
+    tiles = grid_size(shape, config)
+    if not isinstance(config, HopperForwardConfig):
+        return tiles
+    return min(tiles, detect_target(device).num_sms * config.programs)
 
 
 def check_sizes(shape: Shape, grid: int, block: int) -> None:
@@ -137,6 +117,7 @@ def launch_values(problem: Problem, config: KernelConfig, operands: Operands, ex
         "SEQLEN_K": shape.seqlen_k,
         "max_seqlen_q": shape.seqlen_q,
         "head_group": getattr(config, "head_group", 1),
+        "tail_heads": getattr(config, "tail_heads", 0),
         "step_lh": operands.q.size[2],
         **mask_numbers(spec.mask),
     }
@@ -159,13 +140,15 @@ def launch_values(problem: Problem, config: KernelConfig, operands: Operands, ex
 
 def _score_factors(spec: AttentionSpec, extras: Extras) -> dict[str, float]:
     """Return what scores are multiplied by; they end in base 2, for exp2 is what the hardware has."""
+    # Not 0: a masked score is -inf, and -inf * 0 is not a number; so small a factor makes all others equal, too.
+    scale = max(extras.softmax_scale, _LEAST_SCALE)
     natural = spec.score_mod is not None
     base = 1.0 if natural else _LOG2E
     if not spec.softcap:
-        return {"qk_scale": extras.softmax_scale * base}
+        return {"qk_scale": scale * base}
     # tanh(x) = 1 - 2 / (1 + exp(2 x)), so a capped score takes one exp2 and one division.
     return {
-        "qk_scale": extras.softmax_scale * 2.0 * _LOG2E / extras.softcap,
+        "qk_scale": scale * 2.0 * _LOG2E / extras.softcap,
         "softcap": extras.softcap * base,
     }
 
@@ -191,6 +174,7 @@ def bind_forward(
         config=config,
         operands=Operands.of(tensors),
         extras=extras,
+        device=tensors["q"].device,
     )
     side = SideTensors(plan)(extras, forward_table(problem, config, extras, tensors["q"].device))
     q, k, v, out, lse = (tensors.get(name) for name in TENSOR_NAMES)
@@ -204,7 +188,7 @@ def kernel_arguments(
     extras: Extras,
     tensors: typing.Mapping[str, torch.Tensor],
 ) -> dict[str, object]:
-    """Return every argument of the kernel by name, as a call of the `@triton.jit` function takes them.
+    """Return every argument of the kernel by name, as a call of the JIT function takes them.
 
     Args:
         tensors: as for `bind_forward`.
@@ -214,9 +198,11 @@ def kernel_arguments(
     side = SideTensors(plan)
     given = {**tensors, **dict(zip(side.names, side(extras, table), strict=True))}
     (entry,) = plan.entries
+    if TILE_COUNTER in entry.arguments:
+        given["tile_counter"] = torch.zeros(2, dtype=torch.int32, device=tensors["q"].device)
     return entry_arguments(
         entry,
-        problem.spec,
+        plan,
         values=launch_values(problem, config, operands, extras),
         tensors=given,
         layouts={name: getattr(operands, name) for name in NAMES},
@@ -226,10 +212,11 @@ def kernel_arguments(
 
 def forward_table(problem: Problem, config: KernelConfig, extras: Extras, device: torch.device) -> TileTable | None:
     """Return the table of key tiles that the forward kernel walks, or None where a formula does; see `tile_table`."""
-    if problem.spec.mask.by_formula or not isinstance(config, TritonForwardConfig):
+    if problem.spec.mask.by_formula:
         return None
-    tiles = TableShape(block_m=config.block_m, block_n=config.block_n)
-    return tile_table(problem, render(problem.spec, config), tiles, extras, device)
+    ((block_m, block_n),) = config.blocks
+    rendered = render(problem.spec, config if isinstance(config, TritonForwardConfig) else _PORTABLE)
+    return tile_table(problem, rendered, TableShape(block_m=block_m, block_n=block_n), extras, device)
 
 
 def allocate_outputs(q: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor | None]:

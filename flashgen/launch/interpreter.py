@@ -7,8 +7,9 @@ import typing
 
 import torch
 
-from flashgen.codegen import KernelConfig, render
+from flashgen.codegen import KernelConfig, render, templates_of
 from flashgen.compile import load_kernel
+from flashgen.errors import UnsupportedError
 from flashgen.launch.backward import BackwardCall, layouts_of
 from flashgen.launch.forward import allocate_outputs, grid_size, kernel_arguments
 from flashgen.launch.interpreted import run_interpreted
@@ -29,9 +30,15 @@ def interpret_forward(
         q, k, v: CPU tensors, seen as [batch, heads, seqlen, head_dim], or packed [tokens, heads, head_dim].
 
     Raises:
-        UnsupportedError: where this Triton and this NumPy cannot interpret together.
+        UnsupportedError: for a config of a Gluon template, which has no interpreter, and where this Triton and this
+            NumPy cannot interpret together.
     """
     spec = problem.spec
+    if config.template.startswith("gluon/"):
+        known = ", ".join(name for name in templates_of(spec.phase) if not name.startswith("gluon/"))
+        raise UnsupportedError(
+            f"kernels of {config.template} run on their GPU alone; the interpreter runs those of {known}"
+        )
     if spec.dtype in _WIDENED:
         return _interpret_wide(q, k, v, problem=problem, config=config, extras=extras)
     rendered = render(spec, config)

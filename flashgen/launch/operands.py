@@ -7,8 +7,9 @@ import typing
 
 import torch
 
-from flashgen.codegen import KernelConfig, TritonForwardConfig
+from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonForwardConfig
 from flashgen.compile import STRIDE_ALIGNMENT
+from flashgen.launch.ragged import ragged_refusal
 from flashgen.spec import AttentionSpec
 
 NAMES = ("q", "k", "v", "out")
@@ -48,12 +49,25 @@ class Operands:
 
     def refusal(self, config: KernelConfig, spec: AttentionSpec) -> str | None:
         """Return why a config cannot read these layouts, or None."""
-        if not isinstance(config, TritonForwardConfig) or config.loads != "descriptor":
-            return None
-        itemsizes = dict.fromkeys(("q", "k", "v"), spec.dtype.itemsize)
-        if not spec.varlen:
-            itemsizes["out"] = spec.dtype.out.itemsize
-        return descriptor_refusal({name: getattr(self, name) for name in itemsizes}, itemsizes)
+        ragged = isinstance(config, HopperForwardConfig) and spec.varlen
+        group = self.q.size[1] // self.k.size[1]
+        if group % config.heads_of_tile:
+            return f"a tile has {config.heads_of_tile} query heads of one group, the group has {group}"
+        match config:
+            case HopperForwardConfig():
+                names = list(NAMES)
+            case TritonForwardConfig(loads="descriptor"):
+                # Packed outputs are written through pointers.
+                names = [name for name in NAMES if name != "out" or not spec.varlen]
+            case _:
+                return None
+        layouts: dict[str, Layout4D] = {name: getattr(self, name) for name in names}
+        itemsizes = {name: (spec.dtype.out if name == "out" else spec.dtype).itemsize for name in names}
+        reason = descriptor_refusal(layouts, itemsizes)
+        if reason or not ragged:
+            return reason
+        reasons = (ragged_refusal(name, layout.size, layout.stride) for name, layout in layouts.items())
+        return next(filter(None, reasons), None)
 
 
 def descriptor_refusal(layouts: typing.Mapping[str, Layout4D], itemsizes: typing.Mapping[str, int]) -> str | None:

@@ -33,7 +33,7 @@ class TileTable:
     Attributes:
         start: int32 [rows + 1], where each row begins.
         full: int32 [rows], where its second part begins.
-        index: int32 [tiles], numbers of tiles.
+        index: int32 [tiles + 1], numbers of tiles and a 0: a kernel may read the entry past an empty row.
     """
 
     start: torch.Tensor
@@ -118,8 +118,7 @@ def _build(
     start = torch.zeros(len(kinds) + 1, dtype=torch.int64, device=device)
     start[1:] = some.sum(1).cumsum(0)
     full = start[:-1] + whole.sum(1)
-    # Never empty: a kernel takes its address.
-    index = torch.empty(max(1, int(start[-1])), dtype=torch.int32, device=device)
+    index = torch.zeros(int(start[-1]) + 1, dtype=torch.int32, device=device)
     for chosen, first in ((whole, start[:-1]), (some & ~whole, full)):
         row, tile = chosen.nonzero(as_tuple=True)
         before = chosen.sum(1).cumsum(0) - chosen.sum(1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from flashgen.codegen import KernelConfig, render
+from flashgen.codegen.constraints import interpreter_refusal
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.dispatch import Selection, select
 from flashgen.errors import CompileError, FlashgenError
@@ -37,6 +38,9 @@ logger = logging.getLogger("flashgen")
 
 Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
 Runner = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Tensors], Outputs]
+# Around PyTorch's dispatcher, as the code that Inductor generates does; half the time of `torch.empty`.
+_empty_strided: collections.abc.Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] | None
+_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _Change = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
@@ -129,7 +133,8 @@ def choose(problem: Problem, target: GpuTarget, options: Options, layouts: Layou
 
     def usable(candidate: KernelConfig) -> str | None:
         if layouts is None:
-            return None
+            # On the CPU, through the interpreter.
+            return interpreter_refusal(candidate)
         return layouts.refusal(candidate, problem.spec) or _compile_refusal(problem.spec, candidate, target)
 
     return select(
@@ -196,48 +201,54 @@ class _Bound:
             config=config,
             operands=operands_of(q, k, v, problem, options.layout),
             extras=extras,
+            device=q.device,
         )
         self._problem = problem
         self._config = config
         self._options = options
         self._device = q.device
         self._index = q.device.index
-        self._out_size = (*q.shape[:-1], spec.head_dim_v)
-        self._out_type: torch.dtype = getattr(torch, spec.dtype.out.torch_name)
-        self._like_q = q.is_contiguous() and self._out_size == q.shape and self._out_type == q.dtype
-        self._lse_size = lse_size(q, problem, options.layout) if spec.lse else None
+        self._out = _NewTensor((*q.shape[:-1], spec.head_dim_v), getattr(torch, spec.dtype.out.torch_name))
+        self._lse = _NewTensor(lse_size(q, problem, options.layout), torch.float32) if spec.lse else None
         # A call of nothing but Q, K and V asks for none of the work that other tensors make.
         self._side = extras_need_side(extras) or not spec.mask.by_formula
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> Outputs:
-        # The cheaper of the two where it gives the same.
-        out = torch.empty_like(q) if self._like_q else q.new_empty(self._out_size, dtype=self._out_type)
-        lse = q.new_empty(self._lse_size, dtype=torch.float32) if self._lse_size else None
         if torch._C._cuda_getDevice() == self._index:
-            self._run(q, k, v, out, lse, tensors)
-        else:
-            with torch.cuda.device(self._device):
-                self._run(q, k, v, out, lse, tensors)
-        return out, lse
+            return self._run(q, k, v, tensors)
+        with torch.cuda.device(self._device):
+            return self._run(q, k, v, tensors)
 
-    def _run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        tensors: Tensors,
-    ) -> None:
+    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> Outputs:
+        out = self._out(q)
+        lse = None if self._lse is None else self._lse(q)
         if not self._side:
             self._launch(q, k, v, out, lse)
-            return
+            return out, lse
         extras = extras_of(self._problem, tensors, self._options)
         if extras.cu_seqlens_q is not None and not sequences_fill(q, k, tensors, self._options)[0]:
             # A kernel writes the rows of sequences alone.
             fill_unseen(out, lse)
         table = forward_table(self._problem, self._config, extras, self._device)
         self._launch(q, k, v, out, lse, *self._side_tensors(extras, table))
+        return out, lse
+
+
+class _NewTensor:
+    """Makes contiguous tensors of one size on the current GPU."""
+
+    def __init__(self, size: tuple[int, ...], dtype: torch.dtype) -> None:
+        # Its short way takes a plain tuple alone.
+        self._size = tuple(size)
+        self._stride = torch.empty(size, device="meta").stride()
+        self._dtype = dtype
+
+    def __call__(self, like: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor on the device of another, which is the current one."""
+        # PyTorch fills new memory where it is asked to be deterministic; its short way does not.
+        if _empty_strided is None or torch._C._get_deterministic_algorithms():
+            return like.new_empty(self._size, dtype=self._dtype)
+        return _empty_strided(self._size, self._stride, self._dtype)
 
 
 def sequences_fill(q: torch.Tensor, k: torch.Tensor, tensors: Tensors, options: Options) -> tuple[bool, bool]:

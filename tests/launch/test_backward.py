@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from flashgen.codegen import TritonBackwardConfig, TritonForwardConfig, constant_values, render
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig, render
 from flashgen.compile import CompiledKernel
 from flashgen.errors import ConfigError, InputError
 from flashgen.launch import BackwardLaunch, bind_backward, interpret_backward, layouts_of
@@ -54,6 +54,7 @@ PROBLEMS = {
     "dims": "causal d=96 dv=80",
 }
 Launched = list[tuple[object, int, list[typing.Any]]]
+Fake = Callable[[Problem, KernelConfig], CompiledKernel]
 
 
 def problem_of(words: str) -> Problem:
@@ -74,30 +75,15 @@ def tensors_for(problem: Problem, extras: Extras) -> dict[str, torch.Tensor]:
     return given
 
 
-def fake(problem: Problem, config: TritonBackwardConfig) -> CompiledKernel:
-    """Return compiled kernels whose handles are their names."""
-    values = constant_values(problem.spec, config)
-    entries = [
-        types.SimpleNamespace(handle=entry.name, constants=tuple(values[name] for name in entry.constants))
-        for entry in render(problem.spec, config).plan.entries
-    ]
-    return typing.cast("CompiledKernel", types.SimpleNamespace(entries=entries))
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
-    calls: Launched = []
-    monkeypatch.setattr("flashgen.launch.backward.launch", lambda *call: calls.append(call))
-    return calls
-
-
 @pytest.mark.parametrize("words", PROBLEMS.values(), ids=PROBLEMS.keys())
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bound_arguments_are_those_of_the_kernels(name: str, words: str, launched: Launched) -> None:
+def test_bound_arguments_are_those_of_the_kernels(
+    name: str, words: str, launched: Launched, fake_compiled: Fake
+) -> None:
     problem, config = problem_of(words), CONFIGS[name]
     extras = random_extras(problem, device="cpu", seed=2)
     given = tensors_for(problem, extras)
-    bind_backward(problem, config, fake(problem, config), extras, given)()
+    bind_backward(problem, config, fake_compiled(problem, config), extras, given)()
     call = BackwardCall(problem, config, extras, layouts_of(given))
     scratch = call.with_scratch(given, extras)
     entries = call.plan.entries
@@ -162,7 +148,7 @@ def test_numbers() -> None:
         ("b=1 hq=1 hkv=1 sq=65 sk=0", {"dkdv": 0, "dq": 2}),
     ],
 )
-def test_grids(sizes: str, grids: dict[str, int], launched: Launched) -> None:
+def test_grids(sizes: str, grids: dict[str, int], launched: Launched, fake_compiled: Fake) -> None:
     problem = parse_problem(f"{sizes} d=64 fp16 backward")
     extras = random_extras(problem, device="cpu", seed=0)
     given = tensors_for(problem, extras)
@@ -171,7 +157,7 @@ def test_grids(sizes: str, grids: dict[str, int], launched: Launched) -> None:
     assert grids.items() <= found.items()
     # Every row has its program.
     assert found["delta"] * call.constants["BLOCK_ROWS"] >= problem.shape.seqlen_q * problem.shape.nheads_q
-    bind_backward(problem, CONFIG, fake(problem, CONFIG), extras, given)()
+    bind_backward(problem, CONFIG, fake_compiled(problem, CONFIG), extras, given)()
     assert {str(handle).removeprefix("attn_bwd_"): grid for handle, grid, _ in launched} == {
         name: grid for name, grid in found.items() if grid
     }
@@ -209,12 +195,16 @@ def test_what_is_made_meanwhile_is_linear_in_the_lengths(name: str, words: str) 
     assert made[256] <= 2 * made[128]
 
 
-def test_a_bound_launch_takes_other_tensors_each_time(launched: Launched) -> None:
+def test_a_bound_launch_takes_other_tensors_each_time(launched: Launched, fake_compiled: Fake) -> None:
     problem, config = problem_of("causal alibi"), CONFIGS["atomic descriptor"]
     extras = [random_extras(problem, device="cpu", seed=seed) for seed in (0, 2)]
     calls = [tensors_for(problem, own) for own in extras]
     bound = BackwardLaunch(
-        problem=problem, config=config, compiled=fake(problem, config), extras=extras[0], layouts=layouts_of(calls[0])
+        problem=problem,
+        config=config,
+        compiled=fake_compiled(problem, config),
+        extras=extras[0],
+        layouts=layouts_of(calls[0]),
     )
     for given, own in zip(calls, extras, strict=True):
         bound(given, own)
@@ -244,12 +234,12 @@ def test_a_tensor_that_the_call_lacks_is_named() -> None:
         call.with_scratch(given, extras)
 
 
-def test_a_config_of_another_phase_is_refused() -> None:
+def test_a_config_of_another_phase_is_refused(fake_compiled: Fake) -> None:
     problem = problem_of("causal")
     extras = random_extras(problem, device="cpu", seed=0)
     forward = TritonForwardConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
     with pytest.raises(ConfigError, match="'triton/forward' has no backward kernels"):
-        bind_backward(problem, forward, fake(problem, CONFIG), extras, tensors_for(problem, extras))
+        bind_backward(problem, forward, fake_compiled(problem, CONFIG), extras, tensors_for(problem, extras))
 
 
 def test_tensors_are_left_as_they_are() -> None:

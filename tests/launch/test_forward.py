@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from flashgen.codegen import KernelPlan, TritonForwardConfig, constant_values, render
+from flashgen.codegen import KernelConfig, KernelPlan, TritonForwardConfig, render
 from flashgen.compile import CompiledKernel
 from flashgen.errors import InputError
 from flashgen.launch import (
@@ -18,12 +18,11 @@ from flashgen.launch import (
     Operands,
     SideTensors,
     allocate_outputs,
-    bind_forward,
     forward_table,
     grid_size,
     readable,
 )
-from flashgen.launch.forward import kernel_arguments, launch_values
+from flashgen.launch.forward import launch_values
 from flashgen.launch.operands import Layout4D
 from flashgen.measure import poisoned_outputs, random_extras, random_inputs
 from flashgen.spec import DType, Extras, Problem, Shape, parse_problem
@@ -32,6 +31,9 @@ CONFIG = TritonForwardConfig(block_m=64, block_n=32, num_warps=4, num_stages=2, 
 DESCRIPTOR = dataclasses.replace(CONFIG, loads="descriptor")
 PROBLEM = parse_problem("b=2 hq=6 hkv=2 sq=130 sk=77 d=64 dv=40 causal fp16 lse")
 EXTRAS = Extras(softmax_scale=0.3)
+Launched = list[tuple[object, int, list[typing.Any]]]
+Fake = Callable[[Problem, KernelConfig], CompiledKernel]
+Bound = Callable[[Problem, KernelConfig], tuple[int, dict[str, typing.Any]]]
 # One problem of each kind of argument that a kernel may take.
 PROBLEMS = {
     "plain": "causal",
@@ -171,39 +173,11 @@ def test_steps_of_broadcast_tensors_are_zero() -> None:
 @pytest.mark.parametrize("config", [CONFIG, DESCRIPTOR], ids=["pointer", "descriptor"])
 @pytest.mark.parametrize("lse", [False, True])
 def test_bound_arguments_are_those_of_the_kernel(
-    config: TritonForwardConfig, lse: bool, words: str, monkeypatch: pytest.MonkeyPatch
+    config: TritonForwardConfig, lse: bool, words: str, bound_arguments: Bound
 ) -> None:
-    launched: list[tuple[object, int, list[object]]] = []
-    monkeypatch.setattr("flashgen.launch.forward.launch", lambda *call: launched.append(call))
     sizes = "" if " d=" in words else "d=64 dv=40"
     problem = parse_problem(f"b=2 hq=6 hkv=2 sq=70 sk=77 {sizes} {'lse' * lse} {words}")
-    config = dataclasses.replace(config, head_tiles=2)
-    q, k, v = random_inputs(problem, device="cpu", seed=0)
-    out, lse_tensor = poisoned_outputs(problem, device="cpu")
-    tensors = {"q": q, "k": k, "v": v, "out": out} | ({"lse": lse_tensor} if lse_tensor is not None else {})
-    extras = random_extras(problem, device="cpu", seed=2)
-    plan = render(problem.spec, config).plan
-    constants = tuple(constant_values(problem.spec, config)[name] for name in plan.entries[0].constants)
-    built = types.SimpleNamespace(handle="handle", constants=constants)
-    compiled = typing.cast("CompiledKernel", types.SimpleNamespace(entries=(built,)))
-    bind_forward(problem, config, compiled, extras, tensors)()
-    ((handle, grid, arguments),) = launched
-    assert (handle, grid) == ("handle", 24)
-    want = kernel_arguments(plan, problem, config, extras, tensors)
-    assert sorted(want) == sorted([*plan.entries[0].arguments, *plan.entries[0].constants])
-    assert len(arguments) == len(want)
-    for name, got in zip([*plan.entries[0].arguments, *plan.entries[0].constants], arguments, strict=True):
-        expected = want[name]
-        if name.endswith("_ptr"):
-            assert got is expected is not None, name
-            assert name[:-4] not in tensors or got is tensors[name[:-4]], name
-        elif name.endswith("_desc"):
-            operand = name.removesuffix("_desc").removesuffix("_1")
-            assert got.base is expected.base is tensors[operand], name  # type: ignore[attr-defined]
-            assert got.__dict__ == expected.__dict__, name
-        else:
-            assert type(got) in (int, float), name
-            assert got == expected, name
+    assert bound_arguments(problem, dataclasses.replace(config, head_tiles=2))[0] == 24
 
 
 def test_each_tensor_of_a_call_is_bound_in_its_place() -> None:
@@ -238,27 +212,24 @@ def test_a_tensor_that_the_call_lacks_is_named() -> None:
         SideTensors(render(problem.spec, CONFIG).plan)(EXTRAS, None)
 
 
-def test_a_bound_launch_takes_other_tensors_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[list[object]] = []
-    monkeypatch.setattr("flashgen.launch.forward.launch", lambda handle, grid, arguments: launched.append(arguments))
+def test_a_bound_launch_takes_other_tensors_each_time(launched: Launched, fake_compiled: Fake) -> None:
     problem = parse_problem("b=2 hq=6 hkv=2 sq=130 sk=77 d=64 dv=40 causal fp16 lse sinks")
     plan: KernelPlan = render(problem.spec, DESCRIPTOR).plan
     bound = ForwardLaunch(
         plan=plan,
-        compiled=typing.cast(
-            "CompiledKernel", types.SimpleNamespace(entries=(types.SimpleNamespace(handle=None, constants=()),))
-        ),
+        compiled=fake_compiled(problem, DESCRIPTOR),
         problem=problem,
         config=DESCRIPTOR,
         operands=Operands.of(tensors_for(problem)),
         extras=EXTRAS,
+        device=torch.device("cpu"),
     )
     calls = [[*tensors_for(problem).values(), torch.zeros(6)] for _ in range(2)]
     for call in calls:
         bound(*call)
     # Made anew each time: a launch that is still queued keeps its own.
-    for arguments, call in zip(launched, calls, strict=True):
-        assert all(arguments[i].base is call[i] for i in range(4))  # type: ignore[attr-defined]
+    for (_, _, arguments), call in zip(launched, calls, strict=True):
+        assert all(arguments[i].base is call[i] for i in range(4))
         assert arguments[plan.entries[0].arguments.index("lse_ptr")] is call[4]
         assert arguments[plan.entries[0].arguments.index("sinks_ptr")] is call[5]
 

@@ -81,7 +81,8 @@ def test_rows_are_the_tiles_with_anything_to_see(words: str, axes: str, lengths:
     assert len(start) == len(full) + 1 == len(want) + 1
     got = [(index[start[row] : full[row]], index[full[row] : start[row + 1]]) for row in range(len(full))]
     assert got == want
-    assert len(index) == max(1, start[-1])
+    # One entry past the last tile may be read.
+    assert index[start[-1] :] == [0]
 
 
 @pytest.mark.parametrize(("words", "axes"), CASES.values(), ids=CASES.keys())
@@ -146,7 +147,7 @@ def test_size_grows_with_the_visible_tiles_alone() -> None:
         problem, extras, _ = documents(seqlen, 128)
         table = build(problem, extras, config)
         # Two query tiles a document, each with the two key tiles of it.
-        assert len(table.index) == 2 * (seqlen // 64)
+        assert len(table.index) - 1 == 2 * (seqlen // 64)
         assert torch.equal(table.full, table.start[1:])
         sizes[seqlen] = sum(t.numel() for t in (table.start, table.full, table.index))
     assert sizes[1024] < 2 * sizes[512] < 4 * sizes[256]
@@ -190,7 +191,7 @@ def test_built_anew_after_a_change_in_place() -> None:
         capture.fill_(0)
     after = build(problem, extras)
     assert after is not before
-    assert len(after.index) == 4 * 7 > len(before.index)
+    assert len(after.index) - 1 == 4 * 7 > len(before.index) - 1
     assert build(problem, extras) is after
 
 
@@ -222,7 +223,7 @@ def test_an_address_that_is_used_again_is_not_taken_for_the_old_tensor() -> None
         ids = (torch.arange(100) // length).int()
         extras = Extras(softmax_scale=1.0, captures=(ids, ids))
         index = build(problem, extras).index
-        assert len(index) == sum(map(len, sum(expected_rows(problem, extras, ""), ())))
+        assert len(index) - 1 == sum(map(len, sum(expected_rows(problem, extras, ""), ())))
 
 
 def test_no_more_than_so_many_are_kept() -> None:

@@ -1,0 +1,207 @@
+"""One kernel with all of its arguments but the tensors, launched by the shortest way that this Triton offers."""
+
+from __future__ import annotations
+
+import copy
+import typing
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import triton
+
+from flashgen.codegen import EntryPlan, argument_kind
+from flashgen.compile import CompiledEntry, descriptor_operand
+from flashgen.launch.descriptors import DescriptorForm
+from flashgen.launch.direct import DirectLaunch, Encode, direct_launch
+from flashgen.launch.tile_counter import tile_counter
+
+TILE_COUNTER = "tile_counter_ptr"
+_KEPT_MAPS = 256
+
+# Of a call: a sequence or a mapping, and where a tensor is found in it.
+_Tensors = typing.Any
+_Slot = typing.Any
+
+
+class BoundKernel:
+    """A compiled kernel bound to a grid and numbers; call it with tensors of the sizes and strides bound.
+
+    The first call, which binds it to its device, takes Triton's launcher and finds out what that does, see
+    `direct_launch`; later calls do no more than that, with their own addresses.
+    """
+
+    def __init__(
+        self,
+        entry: EntryPlan,
+        built: CompiledEntry,
+        *,
+        grid: int,
+        values: Mapping[str, int | float],
+        descriptors: Mapping[str, DescriptorForm],
+        slots: Mapping[str, int] | Mapping[str, str],
+    ) -> None:
+        """Bind.
+
+        Args:
+            entry: the kernel.
+            built: the same, compiled.
+            grid: the number of programs.
+            values: its numbers by name.
+            descriptors: its descriptors by name.
+            slots: where each tensor is found among those of a call, by the tensor's name.
+        """
+        self._handle = built.handle
+        self._grid = grid
+        self._arguments: list[object] = [values.get(name) for name in entry.arguments]
+        self._arguments += built.constants
+        self._pointers: list[tuple[int, _Slot]] = []
+        self._descriptors: list[tuple[int, _Slot, DescriptorForm]] = []
+        self._counter: int | None = None
+        for index, name in enumerate(entry.arguments):
+            kind = argument_kind(name)
+            if name == TILE_COUNTER:
+                self._counter = index
+            elif kind == "pointer":
+                self._pointers.append((index, slots[name.removesuffix("_ptr")]))
+            elif kind == "descriptor":
+                self._descriptors.append((index, slots[descriptor_operand(name)], descriptors[name]))
+        self._device: int | None = None
+        self._direct: Callable[[_Tensors], None] | None = None
+
+    def __call__(self, tensors: _Tensors) -> None:
+        """Launch on the current stream.
+
+        Args:
+            tensors: of the call, at the slots bound.
+        """
+        if self._direct is None or _is_watched():
+            self._launch(tensors)
+        else:
+            self._direct(tensors)
+
+    def _launch(self, tensors: _Tensors) -> None:
+        device = torch._C._cuda_getDevice()
+        first = self._device is None
+        if first:
+            self._handle, self._device = loaded_on(self._handle, device), device
+        arguments = self._arguments.copy()
+        for index, slot in self._pointers:
+            arguments[index] = tensors[slot]
+        for index, slot, form in self._descriptors:
+            arguments[index] = form.of(tensors[slot])
+        if self._counter is not None:
+            arguments[self._counter] = tile_counter(device, torch._C._cuda_getCurrentRawStream(device))
+        launch(self._handle, self._grid, arguments)
+        if first and self._grid:
+            self._direct = self._find_direct(arguments, device)
+
+    def _find_direct(self, arguments: Sequence[object], device: int) -> Callable[[_Tensors], None] | None:
+        counter = () if self._counter is None else (self._counter,)
+        found = direct_launch(
+            self._handle,
+            self._grid,
+            arguments,
+            [*(index for index, _ in self._pointers), *counter],
+            [index for index, _, _ in self._descriptors],
+        )
+        if found is None:
+            return None
+        slots = [slot for _, slot in self._pointers]
+        forms = [(slot, form) for _, slot, form in self._descriptors]
+        return _replay(found, device, slots, forms)
+
+
+def _replay(
+    direct: DirectLaunch,
+    device: int,
+    slots: Sequence[_Slot],
+    forms: Sequence[tuple[_Slot, DescriptorForm]],
+) -> Callable[[_Tensors], None]:
+    """Return a function that launches directly; a pointer past the slots is that of the tile counter."""
+    function, before, after, nested = direct.function, direct.before, direct.after, direct.nested
+    template = direct.values
+    pointers = tuple(zip(direct.pointers, slots, strict=False))
+    counter = direct.pointers[-1] if len(direct.pointers) > len(slots) else None
+    maps = tuple(
+        (position, slot, *_kept_maps(form, encode))
+        for position, encode, (slot, form) in zip(direct.maps, direct.encoders, forms, strict=True)
+    )
+    stream_of = torch._C._cuda_getCurrentRawStream
+
+    def run(tensors: _Tensors) -> None:
+        stream = stream_of(device)
+        values = template.copy()
+        for position, slot in pointers:
+            values[position] = tensors[slot].data_ptr()
+        for position, slot, known, encode in maps:
+            base = tensors[slot]
+            values[position] = known.get(base.data_ptr()) or encode(base)
+        if counter is not None:
+            # Held until the launch is queued.
+            count = tile_counter(device, stream)
+            values[counter] = count.data_ptr()
+        if nested:
+            function(*before, stream, *after, values)
+        else:
+            function(*before, stream, *values)
+
+    return run
+
+
+def _kept_maps(form: DescriptorForm, encode: Encode) -> tuple[dict[int, object], Callable[[torch.Tensor], object]]:
+    """Return encoded descriptors by address, and what adds that of a tensor and returns it.
+
+    Sizes and strides are the form's, so an address is all that one map has of its own. PyTorch's allocator gives the
+    same few addresses again and again.
+    """
+    known: dict[int, object] = {}
+
+    def add(base: torch.Tensor) -> object:
+        if len(known) >= _KEPT_MAPS:
+            known.clear()
+        made = known[base.data_ptr()] = encode(form.of(base))
+        return made
+
+    return known, add
+
+
+def launch(handle: typing.Any, grid: int, arguments: Sequence[object]) -> None:
+    """Launch a Triton kernel on the current device and stream, around the JIT and its argument parsing."""
+    if _is_watched():
+        # A profiler: take the public way, which tells it what runs.
+        handle[(grid, 1, 1)](*arguments)
+        return
+    driver = triton.runtime.driver.active
+    stream = driver.get_current_stream(driver.get_current_device())
+    # `run` loads the binary on first use, so it must be read before `function`.
+    run = handle.run
+    run(grid, 1, 1, stream, handle.function, handle.packed_metadata, None, None, None, *arguments)
+
+
+def _is_watched() -> bool:
+    hooks = triton.knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    # Chains of hooks, empty unless somebody added one; older code sets a plain function or None.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+# What each compiled kernel was loaded as, by device; None stands for itself, which must not keep itself alive.
+_loaded: weakref.WeakKeyDictionary[typing.Any, dict[int, typing.Any]] = weakref.WeakKeyDictionary()
+
+
+def loaded_on(handle: typing.Any, device: int) -> typing.Any:
+    """Return a compiled kernel for launches on a device: itself on the first that asks, a twin on each other one.
+
+    Triton loads the binary of a kernel once, into the context of the device that is current then.
+    """
+    twins = _loaded.setdefault(handle, {})
+    if device not in twins:
+        twins[device] = _unloaded(handle) if twins else None
+    return twins[device] or handle
+
+
+def _unloaded(handle: typing.Any) -> typing.Any:
+    twin = copy.copy(handle)
+    twin.module = twin.function = twin._run = None
+    return twin

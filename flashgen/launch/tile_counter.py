@@ -1,0 +1,35 @@
+"""The counter by which the programs of a persistent kernel take tile after tile."""
+
+from __future__ import annotations
+
+import torch
+
+# By device and stream; never let go, as a launch that is still queued may use one.
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+# CUDA's handle of the default stream of each thread: one number for many streams.
+_PER_THREAD_STREAM = 2
+
+
+def tile_counter(device: int, stream: int) -> torch.Tensor:
+    """Return int32 [2] of zeros on a GPU, for one launch on its current stream.
+
+    A persistent kernel finds its counter at zero and leaves it at zero. Launches on one stream never overlap, so one
+    counter serves all of them: made once for each stream, it costs a launch no memset. Inside a CUDA graph capture that
+    does not hold, as graphs are replayed on any stream, several at once: there each launch gets a counter of its own,
+    in the graph's memory, and what zeroes it is captured before the launch.
+
+    Args:
+        device: index of the current device.
+        stream: handle of its current stream.
+    """
+    capturing = torch.cuda.is_current_stream_capturing()
+    counter = None if capturing else _counters.get((device, stream))
+    if counter is None:
+        counter = _zeros(device)
+        if not capturing and stream != _PER_THREAD_STREAM:
+            _counters[device, stream] = counter
+    return counter
+
+
+def _zeros(device: int) -> torch.Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
