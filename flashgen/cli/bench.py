@@ -24,7 +24,9 @@ EXAMPLE = "flashgen bench --preset llama3-8b --peers cudnn,flash,flex --host"
 
 Peers = typing.Annotated[
     str | None,
-    typer.Option("--peers", metavar="LIST", help="Measured beside: cudnn, flash, efficient, flex, fa3; default: all."),
+    typer.Option(
+        "--peers", metavar="LIST", help="Measured beside: cudnn, flash, efficient, flex, fa3, fa4; default: all."
+    ),
 ]
 Milliseconds = typing.Annotated[
     float, typer.Option("--ms", min=1, help="Device time spent on each implementation, in milliseconds.")
@@ -56,7 +58,7 @@ def bench(
     gpu = require_gpu(device, "bench")
     import torch
 
-    from flashgen.cli.comparison import OURS, compare
+    from flashgen.cli.comparison import OURS, compare, geometric_means
     from flashgen.measure import CudaClock
 
     contenders = _peers(peers)
@@ -81,7 +83,17 @@ def bench(
     if as_json:
         problem_documents = [_document(comparison) for comparison in comparisons]
         steps = {problem: dict(sums) for problem, sums in step_sums(comparisons)}
-        print_json({"device": str(gpu), "problems": problem_documents, "training_steps_us": steps})
+        means = {
+            name: {"speed": mean, "problems": count} for name, (mean, count) in geometric_means(comparisons).items()
+        }
+        print_json(
+            {
+                "device": str(gpu),
+                "problems": problem_documents,
+                "geometric_means": means,
+                "training_steps_us": steps,
+            }
+        )
     else:
         show_comparisons(comparisons)
     if any(OURS not in comparison.timings for comparison in comparisons):
@@ -115,10 +127,19 @@ def step_sums(comparisons: typing.Sequence[Comparison]) -> list[tuple[str, list[
 
 
 def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
-    """Print a line for each implementation of each problem and each training step, and what calls cost the host."""
+    """Print a line for each implementation of each problem, then speeds to peers, training steps and host times."""
+    _show_implementations(comparisons)
+    _show_standings(comparisons)
+    _show_steps(comparisons)
+    host_rows = [(str(c.problem), name, f"{us:.2f}") for c in comparisons for name, us in c.host_us.items()]
+    if host_rows:
+        print_table(("problem", "on the host", "us a call"), host_rows, numeric=("us a call",))
+
+
+def _show_implementations(comparisons: typing.Sequence[Comparison]) -> None:
     from flashgen.cli.comparison import OURS
 
-    rows, host_rows = [], []
+    rows = []
     for comparison in comparisons:
         ours = comparison.timings.get(OURS)
         problem = str(comparison.problem)
@@ -131,15 +152,42 @@ def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
                     name,
                     f"{short_config(selection.config)} ({selection.rung})" if name == OURS else "",
                     f"{timing.median_us:.1f}",
-                    f"{comparison.flops / timing.median_us / 1e6:.1f}",
+                    f"{comparison.tflops(name):.1f}",
                     ratio(timing.median_us, ours.median_us if ours else None),
                     f"{100 * timing.spread:.1f}%",
                     f"{report.max_error:.2g} of {report.allowed_error:.2g}",
                 )
             )
-        host_rows += [(problem, name, f"{us:.2f}") for name, us in comparison.host_us.items()]
     numeric = ("us", "TFLOP/s", "of flashgen's time", "spread")
     print_table(("problem", "implementation", "kernel", *numeric, "error of allowed"), rows, numeric=numeric)
+
+
+def _show_standings(comparisons: typing.Sequence[Comparison]) -> None:
+    from flashgen.cli.comparison import OURS, geometric_means
+
+    rows = [
+        (
+            str(comparison.problem),
+            f"{comparison.tflops(OURS):.1f}",
+            best,
+            f"{comparison.tflops(best):.1f}",
+            f"{comparison.speed_to(best):.2f}x",
+        )
+        for comparison in comparisons
+        if (best := comparison.best_peer) is not None and OURS in comparison.timings
+    ]
+    if not rows:
+        return
+    numeric = ("flashgen TFLOP/s", "its TFLOP/s", "speed to it")
+    columns = ("problem", "flashgen TFLOP/s", "fastest peer", "its TFLOP/s", "speed to it")
+    print_table(columns, rows, numeric=numeric)
+    means = [(name, f"{mean:.3f}x", str(count)) for name, (mean, count) in geometric_means(comparisons).items()]
+    print_table(("peer", "geometric mean of the speed to it", "problems"), means, numeric=("problems",))
+
+
+def _show_steps(comparisons: typing.Sequence[Comparison]) -> None:
+    from flashgen.cli.comparison import OURS
+
     step_rows = [
         (problem, name, f"{us:.1f}", ratio(us, dict(sums).get(OURS)))
         for problem, sums in step_sums(comparisons)
@@ -148,22 +196,23 @@ def show_comparisons(comparisons: typing.Sequence[Comparison]) -> None:
     if step_rows:
         columns = ("training step", "implementation", "us", "of flashgen's time")
         print_table(columns, step_rows, numeric=("us", "of flashgen's time"))
-    if host_rows:
-        print_table(("problem", "on the host", "us a call"), host_rows, numeric=("us a call",))
 
 
 def _document(comparison: Comparison) -> dict[str, object]:
+    best = comparison.best_peer
     return {
         "problem": str(comparison.problem),
         "selection": selection_document(comparison.selection),
         "timings": {
-            name: {**dataclasses.asdict(timing), "tflops": comparison.flops / timing.median_us / 1e6}
+            name: {**dataclasses.asdict(timing), "tflops": comparison.tflops(name)}
             for name, timing in comparison.timings.items()
         },
         "accuracy": {
             name: {"ok": report.ok, "max_error": str(report.max_error), "allowed_error": report.allowed_error}
             for name, report in comparison.accuracy.items()
         },
+        "fastest_peer": best,
+        "speed_to_fastest_peer": None if best is None else comparison.speed_to(best),
         "absent": comparison.absent,
         "host_us": comparison.host_us,
     }

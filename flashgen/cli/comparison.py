@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from flashgen.cli.gradients import GradientCase
 from flashgen.codegen import KernelConfig, render
 from flashgen.compile import compile_kernel
 from flashgen.dispatch import Selection
-from flashgen.errors import InputError
 from flashgen.launch import Operands, allocate_outputs, bind_forward, detect_target
 from flashgen.measure import (
     AccuracyReport,
@@ -39,6 +39,7 @@ from flashgen.ops.warming import run_problem
 from flashgen.spec import Extras, Problem
 
 OURS = "flashgen"
+BEST = "the fastest of each"
 
 _ROUNDS = 5
 _CHECKED_HEADS = 4
@@ -58,7 +59,8 @@ class Comparison:
         timings: device time by name, flashgen's under `OURS`; only of those that computed the right thing.
         accuracy: how far each output was off, by name.
         absent: why an implementation was not timed, by name.
-        host_us: what a call costs the host by name, and beside it the parts of flashgen's own; empty if not asked for.
+        host_us: what a call costs the host by name; of Q, K, V and a mask, flashgen's is `flashgen.attention`, with its
+            parts beside it. Empty if not asked for.
     """
 
     problem: Problem
@@ -68,6 +70,39 @@ class Comparison:
     accuracy: dict[str, AccuracyReport]
     absent: dict[str, str]
     host_us: dict[str, float]
+
+    def tflops(self, name: str) -> float:
+        """Return the rate of an implementation that was timed, in useful TFLOP/s."""
+        return self.flops / self.timings[name].median_us / 1e6
+
+    def speed_to(self, name: str) -> float | None:
+        """Return a peer's time over flashgen's, above 1 where flashgen is faster; None if one was not timed."""
+        if OURS not in self.timings or name not in self.timings:
+            return None
+        return self.timings[name].median_us / self.timings[OURS].median_us
+
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest other implementation; None if none was timed."""
+        peers = [name for name in self.timings if name != OURS]
+        return min(peers, key=lambda name: self.timings[name].median_us, default=None)
+
+
+def geometric_means(comparisons: Sequence[Comparison]) -> dict[str, tuple[float, int]]:
+    """Return flashgen's speed to each peer, and how many problems it is the geometric mean of.
+
+    The mean under `BEST` is to the fastest peer of each problem.
+    """
+    speeds: dict[str, list[float]] = {}
+    for comparison in comparisons:
+        found = {name: comparison.speed_to(name) for name in comparison.timings if name != OURS}
+        if comparison.best_peer is not None:
+            found[BEST] = comparison.speed_to(comparison.best_peer)
+        for name, speed in found.items():
+            if speed is not None:
+                speeds.setdefault(name, []).append(speed)
+    names = sorted(speeds, key=lambda name: name == BEST)
+    return {name: (statistics.geometric_mean(speeds[name]), len(speeds[name])) for name in names}
 
 
 def compare(
@@ -166,7 +201,8 @@ def _gradients(selection: Selection, q: Tensor, k: Tensor, v: Tensor, extras: Ex
 def _host_us(
     selection: Selection, calls: dict[str, Run], q: Tensor, k: Tensor, v: Tensor, options: Options
 ) -> dict[str, float]:
-    if selection.problem.spec.phase == "backward":
+    spec = selection.problem.spec
+    if spec.phase == "backward" or spec.features or spec.score_mod or spec.mask.capture_count:
         return {name: host_time_us(call) for name, call in calls.items()}
     return _host_costs(selection, calls, q, k, v, options)
 
@@ -174,15 +210,8 @@ def _host_us(
 def _host_costs(
     selection: Selection, calls: dict[str, Run], q: Tensor, k: Tensor, v: Tensor, options: Options
 ) -> dict[str, float]:
-    """Return what one call costs the host, in microseconds, and what of flashgen's goes where.
-
-    Raises:
-        InputError: for a problem that takes more than Q, K, V and a mask.
-    """
-    spec = selection.problem.spec
-    if spec.features or spec.score_mod or spec.mask.capture_count:
-        raise InputError(f"host time is measured of Q, K, V and a mask alone, not of {spec}")
-    problem = dataclasses.replace(selection.problem, spec=dataclasses.replace(spec, lse=False))
+    """Return what one call of Q, K, V and a mask costs the host, in microseconds, and what of flashgen's goes where."""
+    problem = dataclasses.replace(selection.problem, spec=dataclasses.replace(selection.problem.spec, lse=False))
     spec, extras = problem.spec, Extras(softmax_scale=problem.spec.default_scale)
     options = options._replace(softmax_scale=None, return_lse=False)
     tensors = {"q": q, "k": k, "v": v, "out": allocate_outputs(q, spec)[0]}

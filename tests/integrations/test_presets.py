@@ -25,7 +25,7 @@ def test_llama_keeps_the_tokens() -> None:
 def test_grid_is_complete_and_keeps_tokens_and_width() -> None:
     problems = preset("grid")
     cells = [(p.spec.head_dim_qk, str(p.spec.mask), p.shape.seqlen_q) for p in problems]
-    assert cells == [(d, m, s) for d in (64, 128, 256) for m in ("full", "causal") for s in (2048, 4096, 16384)]
+    assert cells == [(d, m, s) for d in (64, 128, 256) for m in ("full", "causal") for s in (512, 2048, 4096, 16384)]
     assert all(p.shape.batch * p.shape.seqlen_q == 16384 for p in problems)
     assert all(p.shape.nheads_q * p.spec.head_dim_qk == 2048 for p in problems)
     assert all(p.shape.nheads_q == p.shape.nheads_kv for p in problems)
@@ -38,6 +38,32 @@ def test_features_keep_the_tokens_and_the_heads() -> None:
     meanings = {(str(p.spec.mask), p.spec.features) for p in problems}
     assert len(meanings) == 7
     assert len(problems) == 18
+
+
+def test_variants_and_prefill_name_what_the_grid_leaves_out() -> None:
+    grid = set(preset("grid"))
+    variants, prefill = preset("variants"), preset("prefill")
+    assert not grid & {*variants, *prefill}
+    assert {p.shape.seqlen_q for p in variants if "sliding" in str(p.spec.mask)} == {16384}
+    (packed,) = (p for p in variants if p.spec.varlen)
+    assert sum(seqlen for seqlen, _ in packed.lengths()) // packed.shape.batch == 1029
+    assert {p.shape.batch * p.shape.seqlen_q for p in prefill} == {16384, 4096}
+    assert {(p.shape.nheads_q, p.shape.nheads_kv, p.spec.head_dim_qk, p.spec.head_dim_v) for p in prefill} == {
+        (64, 8, 64, 64),
+        (16, 8, 256, 256),
+        (28, 4, 128, 128),
+        (32, 8, 128, 128),
+        (64, 8, 128, 128),
+        (128, 128, 192, 128),
+        (16, 16, 192, 128),
+    }
+    assert {p.spec.features for p in prefill} == {("sinks",), ("softcap",), ()}
+
+
+def test_small_problems_have_fewer_tiles_of_128_queries_than_an_h200_has_processors() -> None:
+    problems = preset("small")
+    assert len(problems) == 8
+    assert all(p.shape.batch * p.shape.nheads_q * -(-p.shape.seqlen_q // 128) < 132 for p in problems)
 
 
 def test_no_preset_repeats_a_problem() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import typing
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,7 @@ from flashgen.measure import (
     random_output_gradients,
 )
 from flashgen.measure.autograd_calls import Run, algorithms, bind_attend
+from flashgen.measure.peer import gpu_peer
 from flashgen.measure.peers import PEERS, default_baselines
 from flashgen.spec import Extras, Problem, parse_problem
 
@@ -45,17 +50,40 @@ def test_baselines_are_peers() -> None:
     assert set(names) <= set(PEERS)
 
 
+def on_a_gpu(shape: tuple[int, ...] = (1, 2, 16, 16)) -> Tensor:
+    return typing.cast(Tensor, SimpleNamespace(is_cuda=True, device=torch.device("cuda"), shape=shape))
+
+
+def test_a_peer_gives_its_name_with_its_reason() -> None:
+    peer = gpu_peer("other", lambda problem, extras, device: f"has no mask {problem.spec.mask} on {device}")
+    assert peer.make(on_a_gpu(), on_a_gpu(), on_a_gpu(), PROBLEM, EXTRAS) == "other: has no mask causal on cuda"
+
+
+def test_what_a_peer_raises_is_a_reason_with_what_it_warned_of() -> None:
+    def bind(problem: Problem, extras: Extras, device: torch.device) -> str:
+        warnings.warn("other kernel not used because:", stacklevel=1)
+        warnings.warn("other was runtime disabled. (Triggered internally)", stacklevel=1)
+        warnings.warn("Expected a head dimension of 8. (Triggered internally)", stacklevel=1)
+        raise RuntimeError("\nno kernel\nat line 7")
+
+    answer = gpu_peer("other", bind).make(on_a_gpu(), on_a_gpu(), on_a_gpu(), PROBLEM, EXTRAS)
+    assert answer == "other: no kernel Expected a head dimension of 8."
+
+
 CASES = {
     "causal": "b=2 h=4 s=256 d=64 causal bf16",
     "grouped": "b=1 hq=8 hkv=2 sq=192 sk=320 d=128 full fp16",
     "bottom right": "b=2 h=4 sq=100 sk=260 d=64 causal bf16",
     "float32": "b=1 h=2 s=64 d=64 causal fp32",
+    "window": "b=2 hq=4 hkv=2 s=256 d=64 sliding_window(60,0) bf16",
 }
 REFUSED = {
     ("cudnn", "bottom right"),
     ("cudnn", "float32"),
+    ("cudnn", "window"),
     ("flash", "float32"),
     ("efficient", "grouped"),
+    ("efficient", "window"),
 }
 
 
@@ -77,11 +105,26 @@ def test_peers_agree_with_the_reference_or_refuse(name: str, case: str) -> None:
     assert report.ok, f"{name}: {report.reason}"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", ["causal", "full", "sliding_window(60,0)"])
+@pytest.mark.parametrize("name", ["flash", "flex"])
+def test_packed_sequences_agree_with_the_reference(name: str, words: str) -> None:
+    problem = parse_problem(f"b=4 hq=4 hkv=2 s=200 d=64 {words} varlen bf16")
+    q, k, v = random_inputs(problem, device="cuda", seed=0)
+    extras = random_extras(problem, device="cuda", seed=0)
+    run = PEERS[name].make(q, k, v, problem, extras)
+    assert not isinstance(run, str), run
+    (out,) = run()
+    report = accuracy_error(out, None, q, k, v, spec=problem.spec, extras=extras)
+    assert report.ok, f"{name}: {report.reason}"
+
+
 FLEX_CASES = (
     "b=2 hq=4 hkv=2 s=256 d=64 sliding_window(60,0) bf16",
     "b=2 hq=4 hkv=2 s=256 d=64 causal&document bf16",
     "b=2 h=4 sq=100 sk=260 d=64 global_tokens(20)|sliding_window(30,30) bf16",
     "b=2 hq=4 hkv=2 s=256 d=64 causal softcap alibi bias=input bf16",
+    "b=2 hq=4 hkv=2 s=256 d=64 sliding_window(60,0) sinks bf16",
 )
 
 
