@@ -7,22 +7,21 @@ import dataclasses
 import torch
 
 from flashgen.cli.gradients import GradientCase
-from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig, render
+from flashgen.codegen import KernelConfig, render
 from flashgen.compile import compile_kernel
 from flashgen.dispatch import Selection
-from flashgen.errors import ConfigError
 from flashgen.launch import bind_forward, interpret_forward
 from flashgen.measure import (
     AccuracyReport,
     Oracle,
     accuracy_error,
-    awkward_shapes,
     poisoned_outputs,
     random_extras,
     random_inputs,
     sampled_heads,
 )
 from flashgen.spec import Problem, Shape
+from flashgen.tuning.awkward import awkward_for
 
 MAX_INTERPRETED_TOKENS = 256
 
@@ -47,18 +46,21 @@ def check_on_gpu(selection: Selection, device: torch.device) -> tuple[Check, ...
     problem, config = selection.problem, selection.config
     with torch.cuda.device(device):
         if problem.spec.phase == "backward":
-            cases = [(shape, True) for shape in _awkward(problem, config)] + [(problem.shape, False)]
+            cases = [(shape, True) for shape in awkward_for(problem, config)] + [(problem.shape, False)]
             return tuple(
                 Check(shape=shape, report=_launched_gradients(_at(problem, shape), selection, device, dlse))
                 for shape, dlse in cases
             )
         with_lse = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, lse=True))
-        forwards = [_at(with_lse, shape) for shape in _awkward(problem, config)] + [problem]
+        forwards = [_at(with_lse, shape) for shape in awkward_for(problem, config)] + [problem]
         return tuple(Check(shape=case.shape, report=_launched(case, selection, device)) for case in forwards)
 
 
 def check_interpreted(selection: Selection) -> tuple[Check, ...]:
-    """Return the checks at awkward shapes and at the problem's own cut down to what an interpreter can do."""
+    """Return the checks at awkward shapes and at the problem's own cut down to what an interpreter can do.
+
+    The config is one that it runs, see `interpreter_refusal`.
+    """
     problem, config = selection.problem, selection.config
     shape = problem.shape
     nheads_kv = min(shape.nheads_kv, 2)
@@ -72,9 +74,8 @@ def check_interpreted(selection: Selection) -> tuple[Check, ...]:
     backward = problem.spec.phase == "backward"
     spec = problem.spec if backward else dataclasses.replace(problem.spec, lse=True)
     reduced = Problem(spec=spec, shape=small)
-    shapes = [
-        shape for shape in _awkward(reduced, config) if max(shape.seqlen_q, shape.seqlen_k) <= MAX_INTERPRETED_TOKENS
-    ]
+    awkward = awkward_for(reduced, config)
+    shapes = [shape for shape in awkward if max(shape.seqlen_q, shape.seqlen_k) <= MAX_INTERPRETED_TOKENS]
     interpreted = _interpreted_gradients if backward else _interpreted
     cases = [_at(reduced, shape) for shape in shapes] + [reduced]
     return tuple(Check(shape=case.shape, report=interpreted(case, config)) for case in cases)
@@ -82,20 +83,6 @@ def check_interpreted(selection: Selection) -> tuple[Check, ...]:
 
 def _at(problem: Problem, shape: Shape) -> Problem:
     return dataclasses.replace(problem, shape=shape)
-
-
-def _awkward(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
-    if isinstance(config, TritonForwardConfig):
-        tiles = [(config.block_m, config.block_n)]
-    elif isinstance(config, TritonBackwardConfig):
-        tiles = [(config.block_m1, config.block_n1)]
-        tiles += [(config.block_m2, config.block_n2)] if config.dq == "kernel" else []
-    else:
-        known = f"{TritonForwardConfig.template}, {TritonBackwardConfig.template}"
-        raise ConfigError(f"no check for template {config.template!r}; known: {known}")
-    shapes = dict.fromkeys(shape for tile in tiles for shape in awkward_shapes(problem, *tile))
-    # Without keys nothing is launched.
-    return tuple(shape for shape in shapes if shape.seqlen_k)
 
 
 def _launched(problem: Problem, selection: Selection, device: torch.device) -> AccuracyReport:

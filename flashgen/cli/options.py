@@ -15,7 +15,12 @@ Model = typing.Annotated[
 ]
 Preset = typing.Annotated[
     str | None,
-    typer.Option("--preset", metavar="NAME", help="A named list of problems: quick, llama3-8b, grid, features, more."),
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="A named list of problems: quick, llama3-8b, grid, features, variants, prefill, small, more; with "
+        "gradients: backward, training.",
+    ),
 ]
 Shapes = typing.Annotated[
     list[str] | None,

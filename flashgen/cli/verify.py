@@ -13,8 +13,11 @@ from flashgen.cli.lookup import load_registry, select_all, selection_document
 from flashgen.cli.output import note, print_json, print_table
 from flashgen.cli.problems import resolve_problems
 from flashgen.cli.targets import gpu_device, resolve_target
+from flashgen.codegen.constraints import interpreter_refusal
 
 if typing.TYPE_CHECKING:
+    import torch
+
     from flashgen.cli.checking import Check
     from flashgen.dispatch import Selection
 
@@ -36,7 +39,7 @@ def verify(
     """Check the numerics of what would run.
 
     Against float64, at the problem's own sizes and at awkward ones: on the GPU, or without one, or for a --target, in
-    Triton's interpreter at small sizes.
+    Triton's interpreter at small sizes. Gluon kernels, which it does not run, are left unchecked there, and named.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     resolved = resolve_target(device, target)
@@ -47,13 +50,18 @@ def verify(
 
     results: list[tuple[Selection, tuple[Check, ...]]] = []
     for selection in selections:
+        unchecked = _unchecked(selection, gpu)
+        if unchecked:
+            note(f"not checked: {selection.problem}: {unchecked}")
+            results.append((selection, ()))
+            continue
         checks = check_interpreted(selection) if gpu is None else check_on_gpu(selection, gpu)
         results.append((selection, checks))
         for check in _failures(checks):
             note(f"failed: {selection.problem} at {check.shape}: {check.report.reason}")
     where = "interpreter" if gpu is None else str(gpu)
     if as_json:
-        print_json({"where": where, "problems": [_document(*result) for result in results]})
+        print_json({"where": where, "problems": [_document(*result, _unchecked(result[0], gpu)) for result in results]})
     else:
         numeric = ("shapes", "largest error", "allowed")
         columns = ("problem", "config", "rung", "where", *numeric, "result")
@@ -62,18 +70,25 @@ def verify(
         raise typer.Exit(FAILED)
 
 
+def _unchecked(selection: Selection, gpu: torch.device | None) -> str:
+    """Return why nothing here can check a kernel; empty if something can."""
+    refusal = interpreter_refusal(selection.config) if gpu is None else None
+    return f"{refusal}: run this where there is one, with --device cuda" if refusal else ""
+
+
 def _failures(checks: typing.Iterable[Check]) -> list[Check]:
     return [check for check in checks if not check.report.ok]
 
 
 def _row(selection: Selection, checks: tuple[Check, ...], where: str) -> tuple[str, ...]:
+    place = (str(selection.problem), short_config(selection.config), selection.rung)
+    if not checks:
+        return (*place, "-", "0", "-", "-", "not checked")
     failures = _failures(checks)
     # The check that came closest to its own limit, or passed it by most.
     worst = max(failures or checks, key=lambda check: check.report.max_error / check.report.allowed_error).report
     return (
-        str(selection.problem),
-        short_config(selection.config),
-        selection.rung,
+        *place,
         where,
         str(len(checks)),
         f"{worst.max_error:.2g}",
@@ -82,9 +97,11 @@ def _row(selection: Selection, checks: tuple[Check, ...], where: str) -> tuple[s
     )
 
 
-def _document(selection: Selection, checks: tuple[Check, ...]) -> dict[str, object]:
+def _document(selection: Selection, checks: tuple[Check, ...], unchecked: str) -> dict[str, object]:
     return {
         "selection": selection_document(selection),
+        # Why there are no checks; null where there are.
+        "unchecked": unchecked or None,
         "checks": [
             {
                 "shape": str(check.shape),

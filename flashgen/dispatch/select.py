@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from flashgen.codegen import KernelConfig, is_current
-from flashgen.codegen.constraints import check_config
+from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.dispatch.distance import same_regime, shape_distance
 from flashgen.dispatch.features import feature_gap, shown_spec
 from flashgen.dispatch.selection import RUNGS, Refusal, Rung, Selection
@@ -61,7 +61,8 @@ def select(
         NoKernelError: if no candidate is left; the message lists why each was refused.
     """
     if config is not None:
-        reasons = check_config(config, problem.spec, target) or tuple(filter(None, [usable(config)]))
+        reasons = check_config(config, problem.spec, target)
+        reasons = reasons or tuple(filter(None, [shape_refusal(config, problem.shape) or usable(config)]))
         if reasons:
             raise ConfigError(f"config {config} cannot run {problem} on {target}: {'; '.join(reasons)}")
         return Selection(problem=problem, target=target, config=config, rung="explicit")
@@ -128,6 +129,7 @@ class _Ladder:
         return (
             stale
             or _first(check_config(candidate.config, self.problem.spec, self.target))
+            or shape_refusal(candidate.config, self.problem.shape)
             or self.usable(candidate.config)
         )
 

@@ -31,7 +31,7 @@ _MEANING: dict[Rung, str] = {
     "nearest": "measured on this device, at the nearest sizes of the same regime",
     "other device": "measured on another device of this architecture",
     "other features": "measured on this device for another mask or other features, same dtype and head dimensions",
-    "predicted": "ranked by a model and checked in the interpreter, never timed on a GPU",
+    "predicted": "ranked by a model, and checked in the interpreter where that can run it; never timed on a GPU",
     "heuristic": "nothing tuned fits; a config that usually does well here",
     "safe default": "nothing tuned fits; a small config that runs anywhere",
 }

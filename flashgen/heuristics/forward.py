@@ -7,12 +7,20 @@ import dataclasses
 from flashgen.codegen import KernelConfig, TritonForwardConfig
 from flashgen.codegen.config import Loads
 from flashgen.codegen.head_tiles import tile_widths
+from flashgen.heuristics import hopper_forward
 from flashgen.spec import AttentionSpec, DType, Problem
 from flashgen.target import GpuTarget
 
 
 def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, ...]:
-    """Return configs to try in order, the most promising first; some may break a constraint of the target."""
+    """Return configs to try in order, the most promising first; some may break a constraint of the target.
+
+    On Hopper the kernels written for it come before those that run anywhere, where they compute the problem at all.
+    """
+    return (*hopper_forward.default_configs(problem, target), *_portable_configs(problem, target))
+
+
+def _portable_configs(problem: Problem, target: GpuTarget) -> tuple[TritonForwardConfig, ...]:
     spec = problem.spec
     head_dim = max(spec.head_dim_qk, spec.head_dim_v)
     if spec.dtype is DType.FP32:
@@ -38,7 +46,7 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
     return (*first, *pointers, *safe_configs())
 
 
-def safe_configs() -> tuple[KernelConfig, ...]:
+def safe_configs() -> tuple[TritonForwardConfig, ...]:
     """Return small configs that fit every GPU and every stride, for a last resort."""
     wide = (_config(64, 32, 8, 1), _config(32, 32, 4, 1), _config(16, 16, 2, 1))
     return (_config(64, 32, 4, 1), _config(32, 32, 2, 1), _config(16, 16, 1, 1), *wide)

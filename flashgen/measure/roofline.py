@@ -7,10 +7,11 @@ import dataclasses
 import math
 import typing
 
-from flashgen.codegen.config import KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.codegen.head_tiles import head_tiles
 from flashgen.errors import ConfigError, InputError
 from flashgen.measure.backward_model import predict_backward_us
+from flashgen.measure.hopper_model import predict_hopper_us
 from flashgen.measure.occupancy import (
     CLOCK_HZ,
     EXP_PER_CLOCK,
@@ -78,6 +79,9 @@ def _positive(us: float) -> float:
 
 
 _SMEM_BYTES_PER_CLOCK = 128
+# What the model leaves out of kernels without roles for their warps, beside those that have them: the same problems
+# took an H200 so much longer.
+_WITHOUT_ROLES = 1.5
 # Lane operations per score beside its exp2: scale and subtract, maximum, sum, half a conversion, register moves.
 _OPS_PER_SCORE = 5
 # Per row: both reductions across four threads, the new maximum, the correction.
@@ -93,23 +97,33 @@ def predict_us(
     spills, bank conflicts or power, and its microseconds are good only to order the configs of one problem on one
     target. Counted: blocks per multiprocessor, wave quantisation, matrix, exp2 and vector work of one step over the
     keys and how much of them overlaps, K and V from L2, load latency hidden by the stages, bytes through device memory.
-    Of a backward config, that of each of its kernels, see `predict_backward_us`.
+    Of a backward config, that of each of its kernels, see `predict_backward_us`; of a forward one for Hopper, see
+    `predict_hopper_us`.
 
     Args:
         problem: what is computed.
         target: where.
-        config: a `TritonForwardConfig` or a `TritonBackwardConfig`.
+        config: of any template that there is a model of.
         registers: registers of one thread, as the compiler reports them.
         smem_bytes: shared memory of one block, likewise.
 
     Raises:
         ConfigError: if the config belongs to another template.
     """
-    if isinstance(config, TritonBackwardConfig):
-        return predict_backward_us(problem, target, config, registers, smem_bytes)
-    if not isinstance(config, TritonForwardConfig):
-        known = f"{TritonForwardConfig.template} and {TritonBackwardConfig.template}"
-        raise ConfigError(f"the model knows {known}, got {config.template}")
+    match config:
+        case TritonForwardConfig():
+            return _predict_forward_us(problem, target, config, registers, smem_bytes)
+        case HopperForwardConfig():
+            return predict_hopper_us(problem, target, config, registers, smem_bytes)
+        case TritonBackwardConfig():
+            return predict_backward_us(problem, target, config, registers, smem_bytes)
+    known = ", ".join(t.template for t in (TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig))
+    raise ConfigError(f"the model knows {known}, got {config.template}")
+
+
+def _predict_forward_us(
+    problem: Problem, target: GpuTarget, config: TritonForwardConfig, registers: int, smem_bytes: int
+) -> Prediction:
     blocks, limiter = resident_blocks(target, config.num_warps, registers, smem_bytes)
     lengths = collections.Counter(problem.lengths())
     # Rows of a grid that is as wide as the longest sequence: the tiles beyond a shorter one end at once.
@@ -135,6 +149,8 @@ def predict_us(
         shared = counts.total() / slots * _tile_clocks(problem, target, config, blocks, mean)
         longest = _tile_clocks(problem, target, config, 1, max(counts))
         clocks = max(shared, longest)
+    if target.has_wgmma:
+        clocks *= _WITHOUT_ROLES
     us = max(clocks / CLOCK_HZ * 1e6, problem.min_bytes() / (target.bandwidth_gbs * 1e3)) + LAUNCH_US
     return Prediction(us=us, occupancy_blocks=blocks, waves=waves, limiter=limiter)
 

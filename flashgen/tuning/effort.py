@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 
 from flashgen.errors import InputError
+
+_SEEDS_SHARE = 2 / 3
 
 EffortName = typing.Literal["check", "quick", "full"]
 
@@ -27,6 +30,11 @@ class Effort:
     final_ms: float
     seconds: float
     seeds_only: bool = False
+
+    @property
+    def seeds(self) -> int:
+        """How many configs are given to try at most; the rest of the trials is the search's own."""
+        return self.trials if self.seeds_only else math.ceil(_SEEDS_SHARE * self.trials)
 
 
 EFFORTS: dict[EffortName, Effort] = {

@@ -44,7 +44,7 @@ class ProblemResult:
         baselines: median us of what was timed beside it, by name; empty without a GPU.
         tied: configs that are within the noise of the winner.
         wall_s: wall-clock seconds spent.
-        note: why there is no entry, or what cut the search short; empty otherwise.
+        note: why there is no entry, what cut the search short, or that nothing could check the winner; empty otherwise.
     """
 
     problem: Problem

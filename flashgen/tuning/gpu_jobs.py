@@ -14,7 +14,7 @@ import typing
 
 import torch
 
-from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig, render
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, render
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.errors import FlashgenError
 from flashgen.launch import bind_backward, bind_forward, detect_target
@@ -24,13 +24,13 @@ from flashgen.measure import (
     Outcome,
     Rejected,
     Timing,
-    awkward_shapes,
     benchmark,
     quick_time,
 )
 from flashgen.measure.peers import default_baselines
-from flashgen.spec import AttentionSpec, Problem, Shape
+from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
+from flashgen.tuning.awkward import awkward_for
 from flashgen.tuning.gpu_cases import Case, make_case
 
 _FIRST_LAUNCHES = 3
@@ -80,7 +80,7 @@ def _checked_and_timed(problem: Problem, config: KernelConfig, best_us: float | 
 
 def check_awkward(problem: Problem, config: KernelConfig) -> Rejected | None:
     """Return why a config computes something wrong at shapes that break careless kernels, or None."""
-    for shape in _awkward_shapes(problem, config):
+    for shape in awkward_for(problem, config):
         case = _small_case(dataclasses.replace(problem, shape=shape))
         case.poison()
         _bound(case, config)()
@@ -88,20 +88,6 @@ def check_awkward(problem: Problem, config: KernelConfig) -> Rejected | None:
         if not report.ok:
             return Rejected(stage="accuracy", reason=f"at {shape}: {report.reason}")
     return None
-
-
-def _awkward_shapes(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
-    """Return the shapes that are awkward for the tiles of any of a config's kernels."""
-    if isinstance(config, TritonForwardConfig):
-        tiles = [(config.block_m, config.block_n)]
-    elif isinstance(config, TritonBackwardConfig):
-        tiles = [(config.block_m1, config.block_n1)]
-        tiles += [(config.block_m2, config.block_n2)] if config.dq == "kernel" else []
-    else:
-        raise FlashgenError(f"no check for template {config.template!r}")
-    shapes = dict.fromkeys(shape for tile in tiles for shape in awkward_shapes(problem, *tile))
-    # Nothing is launched without keys.
-    return tuple(shape for shape in shapes if shape.seqlen_k)
 
 
 def confirm(problem: Problem, config: KernelConfig) -> Rejected | None:

@@ -8,6 +8,7 @@ import typing
 from multiprocessing.connection import Connection
 
 from flashgen.codegen import KernelConfig
+from flashgen.codegen.constraints import interpreter_refusal
 from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected, Timing, predict_us
 from flashgen.registry import Origin
@@ -23,7 +24,7 @@ Checked = tuple[float, float] | Rejected
 
 
 class ModelEvaluator:
-    """Ranks candidates by `predict_us`; the leaders must pass a check in the interpreter."""
+    """Ranks candidates by `predict_us`; leaders that the interpreter can run must pass a check in it."""
 
     origin: Origin = "predicted"
     timing = "occupancy-roofline-model"
@@ -81,7 +82,10 @@ class ModelEvaluator:
 
     def _check(self, problem: Problem, configs: typing.Iterable[KernelConfig]) -> None:
         for config in configs:
-            if (problem, config) not in self._checked:
+            if interpreter_refusal(config):
+                # Nothing was measured, and nothing is allowed.
+                self._checked[problem, config] = (0.0, 0.0)
+            elif (problem, config) not in self._checked:
                 timeout_s = self._jobs.interpret_timeout_s
                 self._pool.submit(config, self._jobs.interpret, problem, config, timeout_s=timeout_s)
         while self._pool.pending:

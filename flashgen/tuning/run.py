@@ -13,14 +13,12 @@ from pathlib import Path
 import optuna
 
 from flashgen.codegen import KernelConfig
-from flashgen.codegen.constraints import check_config
 from flashgen.errors import NoKernelError, RegistryError
-from flashgen.heuristics import default_configs
 from flashgen.launch import software_versions
 from flashgen.registry import file_name, load, read_file, search_locations, write_entries
-from flashgen.search_space import load_space
-from flashgen.spec import Phase, Problem
+from flashgen.spec import Problem
 from flashgen.target import GpuTarget, Software
+from flashgen.tuning.choices import Choices, find_choices
 from flashgen.tuning.effort import Effort
 from flashgen.tuning.evaluators import Evaluator
 from flashgen.tuning.events import Observer, ProblemResult, TuneReport
@@ -32,9 +30,6 @@ from flashgen.tuning.search import ProblemSearch
 from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
 from flashgen.tuning.workers import Pool
-
-_TEMPLATES: dict[Phase, str] = {"forward": "triton/forward", "backward": "triton/backward"}
-_MAX_NEIGHBOURS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,20 +118,12 @@ class Run:
         finally:
             evaluator.close()
 
-    def _choices(self, problem: Problem, results: typing.Sequence[ProblemResult]) -> _Choices | str:
+    def _choices(self, problem: Problem, results: typing.Sequence[ProblemResult]) -> Choices | str:
         """Return what may be tried for a problem, or why nothing may."""
-        template = _TEMPLATES[problem.spec.phase]
-        space = load_space(template).legal(problem.spec, self.target)
         try:
-            default = _default_config(problem, self.target)
+            return find_choices(problem, self.target, self.effort, self._winners(problem, results))
         except NoKernelError as error:
             return str(error)
-        seeds = dict.fromkeys((*self._neighbours(problem, results), default, *space.seeds))
-        return _Choices(
-            configs=tuple(dict.fromkeys((*space.configs, default))),
-            seeds=tuple(seeds)[: self.effort.trials],
-            default=default,
-        )
 
     def _impossible(self, index: int, problem: Problem, reason: str) -> ProblemResult:
         result = ProblemResult(
@@ -149,7 +136,7 @@ class Run:
     def _search(
         self,
         problem: Problem,
-        choices: _Choices,
+        choices: Choices,
         deadline: float,
         storage: optuna.storages.BaseStorage,
         pool: Pool[int],
@@ -180,35 +167,12 @@ class Run:
         )
         return ProblemSearch(task, study=study, pool=pool, evaluator=evaluator, observer=self.observer, jobs=self.jobs)
 
-    def _neighbours(self, problem: Problem, results: typing.Sequence[ProblemResult]) -> list[KernelConfig]:
-        """Return winners of like problems, of this run and of the registry: tried first."""
+    def _winners(self, problem: Problem, results: typing.Sequence[ProblemResult]) -> list[KernelConfig]:
+        """Return winners of like problems, of this run and of the registry, the latest first."""
         entries = [result.entry for result in reversed(results) if result.entry]
         entries += [located.entry for located in load(search_locations(self.folder)).candidates(problem.spec)]
-        near = [e for e in entries if e.spec.head_dim_qk == problem.spec.head_dim_qk and e.arch == self.target.arch]
-        configs = dict.fromkeys(e.config for e in near)
-        return [c for c in configs if not check_config(c, problem.spec, self.target)][:_MAX_NEIGHBOURS]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Choices:
-    configs: tuple[KernelConfig, ...]
-    seeds: tuple[KernelConfig, ...]
-    default: KernelConfig
-
-
-def _default_config(problem: Problem, target: GpuTarget) -> KernelConfig:
-    """Return what would run untuned.
-
-    Raises:
-        NoKernelError: if no default config is legal.
-    """
-    refused: list[str] = []
-    for config in default_configs(problem, target):
-        reasons = check_config(config, problem.spec, target)
-        if not reasons:
-            return config
-        refused.append(f"{config}: {'; '.join(reasons)}")
-    raise NoKernelError(f"no config is legal for {problem} on {target}: {' | '.join(refused)}")
+        head_dim, arch = problem.spec.head_dim_qk, self.target.arch
+        return [entry.config for entry in entries if entry.spec.head_dim_qk == head_dim and entry.arch == arch]
 
 
 def _how(evaluator: Evaluator, software: Software) -> str:

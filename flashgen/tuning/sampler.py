@@ -22,6 +22,9 @@ Values = tuple[Scalar, ...]
 _MAX_SPREAD_DRAWS = 256
 _MAX_BOX_DRAWS = 64  # for one legal point
 _WORD_DISTANCE = 2  # another word counts as much as this many steps of a number
+_TEMPLATE = "template"
+# The value of a number that a config's template does not have.
+_ABSENT = ""
 _OPEN_STATES = (TrialState.RUNNING, TrialState.WAITING)
 
 
@@ -31,15 +34,16 @@ class SpaceExhausted(FlashgenError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfigSpace:
-    """The legal configs of one template as Optuna sees them: one categorical for each number.
+    """The legal configs as Optuna sees them: one categorical for each number, and one for the template.
+
+    Numbers that only some of several templates have are the empty text in the configs of the others. Configs of one
+    template have no categorical for it.
 
     Attributes:
-        template: template of all of them.
         configs: without repeats, in the order given.
         choices: the values of each number that occur, sorted, by name.
     """
 
-    template: str
     configs: tuple[KernelConfig, ...]
     choices: dict[str, Values]
 
@@ -48,15 +52,22 @@ class ConfigSpace:
         """Return the space of `configs`.
 
         Raises:
-            ConfigError: if there are none, or they belong to several templates.
+            ConfigError: if there are none.
         """
         unique = tuple(dict.fromkeys(configs))
-        templates = sorted({config.template for config in unique})
-        if len(templates) != 1:
-            raise ConfigError(f"a study needs legal configs of one template, got {', '.join(templates) or 'none'}")
-        rows = [_numbers(config) for config in unique]
-        choices = {name: _sorted_values(row[name] for row in rows) for name in rows[0]}
-        return cls(template=templates[0], configs=unique, choices=choices)
+        if not unique:
+            raise ConfigError("a study needs legal configs, got none")
+        rows = [config.as_dict() for config in unique]
+        names = dict.fromkeys(name for row in _one_of_each(rows) for name in row)
+        choices = {name: _sorted_values({row.get(name, _ABSENT) for row in rows}) for name in names}
+        if len(choices[_TEMPLATE]) == 1:
+            del choices[_TEMPLATE]
+        return cls(configs=unique, choices=choices)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The templates that configs are of."""
+        return tuple(sorted({config.template for config in self.configs}))
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Return what `suggest_config` suggests each number from."""
@@ -64,8 +75,13 @@ class ConfigSpace:
 
     def key(self, config: KernelConfig) -> Values:
         """Return the values of `config`, in the order of `choices`."""
-        numbers = _numbers(config)
-        return tuple(numbers[name] for name in self.choices)
+        numbers = config.as_dict()
+        return tuple(numbers.get(name, _ABSENT) for name in self.choices)
+
+    def config(self, values: typing.Mapping[str, Scalar]) -> KernelConfig:
+        """Return the config that has these values, by name; the inverse of `key`."""
+        numbers = {name: value for name, value in values.items() if value != _ABSENT}
+        return config_from_dict({_TEMPLATE: self.configs[0].template, **numbers})
 
     def coordinates(self, key: Values) -> tuple[int, ...]:
         """Return where each value of `key` stands, or would stand, among its choices."""
@@ -75,7 +91,7 @@ class ConfigSpace:
 def suggest_config(trial: optuna.Trial, space: ConfigSpace) -> KernelConfig:
     """Return the config that the study's sampler proposes for `trial`."""
     numbers = {name: trial.suggest_categorical(name, values) for name, values in space.choices.items()}
-    return config_from_dict({"template": space.template, **numbers})
+    return space.config(typing.cast("dict[str, Scalar]", numbers))
 
 
 class UntriedNeighbourSampler(BaseSampler):
@@ -107,19 +123,21 @@ class UntriedNeighbourSampler(BaseSampler):
             inner: the model, a sampler with relative sampling; multivariate TPE by default.
 
         Raises:
-            ConfigError: if there are no configs, or they or the seeds belong to several templates.
+            ConfigError: if there are no configs, or none of a seed's template.
         """
         self.space = ConfigSpace.of(configs)
-        if any(config.template != self.space.template for config in seeds):
-            raise ConfigError(f"every seed must be a config of {self.space.template}")
+        templates = self.space.templates
+        if any(config.template not in templates for config in seeds):
+            raise ConfigError(f"every seed must be a config of {' or '.join(templates)}")
         self._keys = {self.space.key(config): index for index, config in enumerate(self.space.configs)}
         self._coordinates = [self.space.coordinates(key) for key in self._keys]
-        self._is_word = [isinstance(values[0], str) for values in self.space.choices.values()]
+        self._is_word = _are_words(self.space)
+        self._template = list(self.space.choices).index(_TEMPLATE) if _TEMPLATE in self.space.choices else None
         self._tie_break = list(range(len(self._keys)))
         rng = random.Random(seed)
         rng.shuffle(self._tie_break)
         self._shift = [rng.random() for _ in self.space.choices]
-        self._boxes = _boxes(self.space)
+        self._boxes = _boxes(self.space, rng)
         self._seeds = list(dict.fromkeys(self._nearest(self.space.key(s), self._keys.values()) for s in seeds))
         self._n_guided_from = len(self._seeds) + n_quasi_random
         self._inner = _multivariate_tpe(seed) if inner is None else inner
@@ -152,7 +170,8 @@ class UntriedNeighbourSampler(BaseSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> typing.NoReturn:
-        raise ConfigError(f"{param_name!r} with {param_distribution} is not a number of {self.space.template} here")
+        known = " or ".join(self.space.templates)
+        raise ConfigError(f"{param_name!r} with {param_distribution} is not a number of {known} here")
 
     def reseed_rng(self) -> None:
         self._inner.reseed_rng()
@@ -205,24 +224,42 @@ class UntriedNeighbourSampler(BaseSampler):
     def _nearest(self, key: Values, candidates: typing.Iterable[int]) -> int:
         place = self.space.coordinates(key)
 
-        def distance(index: int) -> tuple[int, int]:
+        def distance(index: int) -> tuple[bool, int, int]:
             axes = zip(self._is_word, place, self._coordinates[index], strict=True)
             steps = sum(_WORD_DISTANCE * (a != b) if word else abs(a - b) for word, a, b in axes)
-            return steps, self._tie_break[index]
+            # Numbers of one template say little of another's.
+            other_template = (
+                self._template is not None and place[self._template] != (self._coordinates[index][self._template])
+            )
+            return other_template, steps, self._tie_break[index]
 
         return min(candidates, key=distance)
 
 
-def _boxes(space: ConfigSpace) -> list[list[Values]]:
-    """Return the values of each number that occur with each combination of words.
+def _boxes(space: ConfigSpace, rng: random.Random) -> list[list[Values]]:
+    """Return the values of each number that occur with each combination of words; shuffled, of each template in turn.
 
     Words are other kernels (`dq=kernel`, `dq=atomic`), which take other numbers: one may be a small part of the space.
     """
-    words = [isinstance(values[0], str) for values in space.choices.values()]
-    found: dict[Values, list[Values]] = {}
-    for key in map(space.key, space.configs):
-        found.setdefault(tuple(value for value, word in zip(key, words, strict=True) if word), []).append(key)
-    return [[_sorted_values(axis) for axis in zip(*keys, strict=True)] for keys in found.values()]
+    words = _are_words(space)
+    found: dict[str, dict[Values, list[Values]]] = {}
+    for config in space.configs:
+        key = space.key(config)
+        boxes = found.setdefault(config.template, {})
+        boxes.setdefault(tuple(value for value, word in zip(key, words, strict=True) if word), []).append(key)
+    shuffled = [rng.sample(list(boxes.values()), len(boxes)) for boxes in found.values()]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
+    return [[_sorted_values(set(axis)) for axis in zip(*keys, strict=True)] for keys in in_turn if keys]
+
+
+def _are_words(space: ConfigSpace) -> list[bool]:
+    """Return which of the choices are words; numbers stand before the empty text of templates without them."""
+    return [isinstance(values[0], str) for values in space.choices.values()]
+
+
+def _one_of_each(rows: typing.Iterable[dict[str, Scalar]]) -> list[dict[str, Scalar]]:
+    """Return one row of each template."""
+    return list({row[_TEMPLATE]: row for row in rows}.values())
 
 
 def _spread_keys(
@@ -233,17 +270,27 @@ def _spread_keys(
     Additive recurrence by powers of the generalised golden ratio, shifted at random (M. Roberts, "The unreasonable
     effectiveness of quasirandom sequences", 2018).
     """
-    ratio = 2.0
-    for _ in range(40):  # the root of x ** (d + 1) = x + 1 attracts
-        ratio = (1.0 + ratio) ** (1.0 / (len(shift) + 1))
+    # An axis with one value needs no share of the dimensions: the more there are, the more even neighbours are alike.
+    varied = [[axis for axis, values in enumerate(box) if len(values) > 1] for box in boxes]
+    ratios = {len(axes): _golden_ratio(len(axes)) for axes in varied}
     steps = itertools.count(1)
-    for box in itertools.cycle(boxes):
+    for box, axes in itertools.cycle(zip(boxes, varied, strict=True)):
         for step in itertools.islice(steps, _MAX_BOX_DRAWS):
-            position = [(start + step * ratio ** -(axis + 1)) % 1.0 for axis, start in enumerate(shift)]
-            key = tuple(values[int(u * len(values))] for u, values in zip(position, box, strict=True))
+            position = dict.fromkeys(range(len(box)), 0.0)
+            position |= {
+                axis: (shift[axis] + step * ratios[len(axes)] ** -power) % 1.0 for power, axis in enumerate(axes, 1)
+            }
+            key = tuple(values[int(position[axis] * len(values))] for axis, values in enumerate(box))
             if key in legal:
                 break
         yield key
+
+
+def _golden_ratio(dimensions: int) -> float:
+    ratio = 2.0
+    for _ in range(40):  # the root of x ** (d + 1) = x + 1 attracts
+        ratio = (1.0 + ratio) ** (1.0 / (dimensions + 1))
+    return ratio
 
 
 def _multivariate_tpe(seed: int) -> BaseSampler:
@@ -253,14 +300,8 @@ def _multivariate_tpe(seed: int) -> BaseSampler:
         return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=0, seed=seed)
 
 
-def _numbers(config: KernelConfig) -> dict[str, Scalar]:
-    numbers = config.as_dict()
-    del numbers["template"]
-    return numbers
-
-
-def _sorted_values(values: typing.Iterable[Scalar]) -> Values:
-    return tuple(sorted(set(values), key=lambda value: (isinstance(value, str), value)))
+def _sorted_values(values: typing.AbstractSet[Scalar]) -> Values:
+    return tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
 
 
 def _place(values: Values, value: Scalar) -> int:

@@ -8,6 +8,7 @@ import time
 import typing
 
 from flashgen.codegen import KernelConfig, KernelResources
+from flashgen.codegen.constraints import interpreter_refusal
 from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
 from flashgen.tuning.evaluators import Evaluator, Final, failure_reason
@@ -292,6 +293,8 @@ class ProblemSearch:
         if choice is not None:
             evaluator, trials = self._evaluator, len(self._tried)
             entry = make_entry(self.task, choice, origin=evaluator.origin, timing=evaluator.timing, trials=trials)
+            unchecked = interpreter_refusal(entry.config) if entry.origin == "predicted" else None
+            note = "; ".join(filter(None, (note, unchecked and f"the winner was not checked: {unchecked}")))
         else:
             note = "; ".join(filter(None, (note, self._why_nothing())))
         return ProblemResult(

@@ -36,7 +36,8 @@ def tune(
 
     On a GPU every candidate is checked against the float64 reference before it is timed, in a process that is killed
     if it hangs. Without one (or for a named `target`), candidates are compiled for the target, ranked by a model and
-    the leaders checked in the interpreter; their entries say `origin: predicted`.
+    the leaders checked in the interpreter, which runs all kernels but those in Gluon; their entries say
+    `origin: predicted`.
 
     Trials are kept in an Optuna study: the same call goes on where an earlier one stopped. Ctrl-C ends the search, and
     the best so far is written.

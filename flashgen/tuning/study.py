@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import signal
+import threading
+import types
 import typing
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from flashgen.codegen import KernelConfig, KernelResources, config_from_dict, render
+from flashgen.codegen import KernelConfig, KernelResources, config_from_dict, make_plan, render
+from flashgen.codegen.config import Scalar
 from flashgen.errors import FlashgenError, InputError
 from flashgen.measure import Rejected, Timing
 from flashgen.spec import Problem
@@ -136,7 +141,8 @@ class ProblemStudy:
     @contextlib.contextmanager
     def _writing(self) -> typing.Iterator[None]:
         try:
-            yield
+            with _finishing_first():
+                yield
         except (OSError, optuna.exceptions.StorageInternalError) as error:
             # A line may have been written in part: another one after it would damage the journal.
             self._is_broken = True
@@ -144,6 +150,23 @@ class ProblemStudy:
                 f"the study cannot be written ({error}); the trials so far are kept: make room, then run the same "
                 "command again"
             ) from error
+
+
+@contextlib.contextmanager
+def _finishing_first() -> typing.Iterator[None]:
+    """Let a Ctrl-C wait for the end of the block: in the middle of a write it would leave a lock half released."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    pressed: list[tuple[int, types.FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed:
+        usual(*pressed[0])
 
 
 @contextlib.contextmanager
@@ -159,9 +182,25 @@ def _refusing_damage() -> typing.Iterator[None]:
 
 def _study_name(problem: Problem, target: GpuTarget, how: str, configs: typing.Sequence[KernelConfig]) -> str:
     # The code and the legal list are part of the name: other code, or other choices, is another search.
-    digests = sorted({render(problem.spec, config).digest for config in configs})
+    digests = sorted({render(problem.spec, config).digest for config in _varied(problem, configs)})
     identity = json.dumps([digests, [list(config.as_dict().values()) for config in configs]])
     return f"{problem} | {target.device_name} | {how} | {hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def _varied(problem: Problem, configs: typing.Sequence[KernelConfig]) -> list[KernelConfig]:
+    """Return configs of different structure that have every value, and every two of different numbers, among them.
+
+    There are hundreds of structures, and each takes time to digest; code that changes does so in one of these.
+    """
+    different = {make_plan(problem.spec, config): config for config in reversed(configs)}
+    seen: set[tuple[tuple[str, Scalar], ...]] = set()
+    kept: list[KernelConfig] = []
+    for config in different.values():
+        pairs = set(itertools.combinations(config.as_dict().items(), 2))
+        if pairs - seen:
+            seen |= pairs
+            kept.append(config)
+    return kept
 
 
 def _attributes(tried: Tried) -> dict[str, object]:

@@ -60,15 +60,16 @@ def choose_winner(finalists: typing.Sequence[Tried], final: Final, default: Kern
     )
 
 
-def by_speed(tried: Tried) -> tuple[float, KernelConfig]:
+def by_speed(tried: Tried) -> tuple[float, str, KernelConfig]:
     """Return what passed trials are sorted by, the fastest first."""
-    return (tried.timing.median_us, tried.config)
+    # Configs of different templates have no order.
+    return (tried.timing.median_us, tried.config.template, tried.config)
 
 
 def _tie_break(tried: Tried) -> tuple[object, ...]:
     resources = tried.record.resources
     assert resources is not None
-    return (resources.spills, resources.smem_bytes, tried.config)
+    return (resources.spills, resources.smem_bytes, tried.config.template, tried.config)
 
 
 def make_entry(task: Task, choice: Choice, *, origin: Origin, timing: str, trials: int) -> RegistryEntry:

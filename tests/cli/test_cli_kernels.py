@@ -12,7 +12,10 @@ import torch
 
 from flashgen.cli.bench import show_comparisons
 from flashgen.cli.comparison import OURS, Comparison, compare
+from flashgen.cli.configs import parse_config, short_config
 from flashgen.cli.machine import interpreter_finding
+from flashgen.codegen import HopperForwardConfig
+from flashgen.errors import ConfigError
 from flashgen.measure import AccuracyReport, HostClock, attention_reference
 from flashgen.measure.peers import Peer
 from flashgen.spec import Extras, Problem, parse_problem
@@ -53,12 +56,85 @@ def test_verify_interprets_without_a_gpu(run: typing.Any) -> None:
     assert all(check["ok"] and check["max_error"] <= check["allowed_error"] for check in problem["checks"])
 
 
+GLUON = "gluon/hopper_forward consumers=2 block_n=64 num_warps=4 num_stages=2"
+
+
+def test_verify_leaves_unchecked_what_only_a_gpu_runs_and_says_so(run: typing.Any) -> None:
+    words = ("verify", "--shape", SMALL, "--target", "H200", "--config", GLUON)
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    assert "not checked" in result.stdout
+    assert f"not checked: {parse_problem(SMALL)}: gluon/hopper_forward is written in Gluon" in result.stderr
+    assert "--device cuda" in result.stderr
+    (problem,) = json.loads(run(*words, "--json").stdout)["problems"]
+    assert problem["checks"] == []
+    assert "needs a GPU" in problem["unchecked"]
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_verify_checks_the_rest_beside_what_it_cannot(run: typing.Any) -> None:
+    portable = SMALL.replace("causal", "causal dropout").replace("s=128", "s=32")
+    result = run("verify", "--shape", SMALL, "--shape", portable, "--target", "H200", "--json")
+    assert result.exit_code == 0, result.stderr
+    gluon, triton = json.loads(result.stdout)["problems"]
+    assert gluon["unchecked"]
+    assert triton["unchecked"] is None
+    assert triton["checks"]
+    assert all(check["ok"] for check in triton["checks"])
+
+
+def test_kernels_for_hopper_are_emitted_and_compiled_without_a_gpu(run: typing.Any, tmp_path: Path) -> None:
+    result = run("emit", "--shape", SMALL, "--target", "H200", "--config", GLUON)
+    assert result.exit_code == 0, result.stderr
+    assert "from triton.experimental import gluon" in result.stdout
+    words = ("--shape", SMALL, "--target", "H200", "--config", GLUON, "--out", tmp_path / "build")
+    result = run("compile", *words, "--json")
+    assert result.exit_code == 0, result.stderr
+    (kernel,) = json.loads(result.stdout)["kernels"]
+    assert kernel["config"]["template"] == "gluon/hopper_forward"
+    assert {Path(name).suffix for name in kernel["files"]} == {".cubin", ".ptx", ".py"}
+    table = run("compile", "--shape", SMALL, "--target", "H200", "--config", GLUON).stdout
+    assert "hopper 2x64 n64 s2" in table
+
+
+def test_explain_names_the_template(run: typing.Any) -> None:
+    result = run("explain", "--shape", SMALL, "--target", "H200")
+    assert result.exit_code == 3
+    assert "kernel    gluon/hopper_forward block_n=" in result.stdout
+    assert "kernel    triton/forward block_m=" in run("explain", "--shape", SMALL, "--target", "B200").stdout
+
+
+def test_a_config_may_be_of_any_template_of_the_phase() -> None:
+    problems = [parse_problem(SMALL)]
+    config = parse_config(
+        f"{GLUON} queries=registers turns=alternate rescale=8 head_group=4 tail_heads=32 convert=late", problems
+    )
+    assert isinstance(config, HopperForwardConfig)
+    assert short_config(config) == "hopper 2x64 n64 s2 registers alternate late rescale8 g4+32"
+    assert parse_config(str(config), problems) == config
+    several = dataclasses.replace(config, consumers=1, programs=2, turns="free", convert="early", rescale=0)
+    assert short_config(dataclasses.replace(several, tail_heads=0)) == "hopper 1x64 n64 s2 p2 registers g4"
+    others = dataclasses.replace(
+        several, programs=1, out_buffer="half", diagonal="half", tiles="overlap", loops="single", head_group=1
+    )
+    assert short_config(others) == "hopper 1x64 n64 s2 registers out-half half overlap single g1+32"
+    assert short_config(dataclasses.replace(config, pack="heads", tail_heads=0, turns="free")) == (
+        "hopper 2x64 n64 s2 heads registers late rescale8 g4"
+    )
+    with pytest.raises(ConfigError, match="cannot run backward problems: they take triton/backward"):
+        parse_config(GLUON, [parse_problem(f"{SMALL} backward")])
+    with pytest.raises(ConfigError, match="cannot run forward problems: they take triton/forward or gluon/hopper"):
+        parse_config(
+            "triton/backward block_m1=32 block_n1=64 num_warps=4 num_stages=1 dq=atomic", [parse_problem(SMALL)]
+        )
+
+
 def test_verify_fails_on_wrong_numbers(run: typing.Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def zeros(q: torch.Tensor, *_: torch.Tensor, problem: Problem, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32)
 
     monkeypatch.setattr("flashgen.cli.checking.interpret_forward", zeros)
-    result = run("verify", "--shape", SMALL, "--target", "sm_90")
+    result = run("verify", "--shape", SMALL, "--target", "sm_80")
     assert result.exit_code == 1
     assert "FAILED" in result.stdout
     assert f"failed: {parse_problem(SMALL)} at " in result.stderr
@@ -98,7 +174,8 @@ def test_compare_times_the_right_and_refuses_the_wrong() -> None:
 
 def test_comparisons_are_shown_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
     show_comparisons([compared(reference_peer(1.0))])
-    out = capsys.readouterr().out
+    out, standings = capsys.readouterr().out.split("fastest peer")
+    assert "times-1" in standings
     assert sum("times-1" in line for line in out.splitlines()) == 1
     assert "1.00x" in next(line for line in out.splitlines() if "(heuristic)" in line)
 

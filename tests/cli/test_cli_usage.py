@@ -22,6 +22,7 @@ from flashgen.errors import (
     RegistryError,
     UnsupportedError,
 )
+from flashgen.integrations import load_presets
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("tune", "show", "explain", "emit", "compile", "bench", "verify", "export", "doctor")
@@ -53,6 +54,15 @@ def test_help_teaches_by_example(run: typing.Any, command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"Example: flashgen {command}" in result.stdout
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("show", "doctor")])
+def test_help_names_every_preset(run: typing.Any, command: str) -> None:
+    words = " ".join(run(command, "--help").stdout.split())
+    listed = words.partition("--preset NAME A named list of problems: ")[2].partition(". ")[0]
+    names = listed.replace("; with gradients: ", ", ").split(", ")
+    assert len(set(names)) == len(names)
+    assert set(names) == load_presets().keys()
 
 
 def test_lists_every_command(run: typing.Any) -> None:

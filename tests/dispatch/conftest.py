@@ -44,7 +44,7 @@ def _make_entry(
     *,
     seqlen_q: int | tuple[int, int] | None = None,
     batch: int | tuple[int, int] = 4,
-    nheads_q: int = 32,
+    nheads_q: int | tuple[int, int] = 32,
     nheads_kv: int = 8,
     spec: AttentionSpec = SPEC,
     config: KernelConfig = CONFIG,

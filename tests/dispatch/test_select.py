@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig
-from flashgen.codegen.constraints import check_config
+from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.constraints import check_config, interpreter_refusal
 from flashgen.dispatch import RUNGS, is_stale, select
 from flashgen.errors import ConfigError, NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
@@ -571,3 +571,133 @@ def test_every_gradient_has_a_legal_config_that_keeps_its_order(arch: str, words
         configs = default_configs(problem, target)
         assert all(isinstance(c, TritonBackwardConfig) and c.dq == "kernel" for c in configs)
         assert any(c.loads == "pointer" for c in configs if not check_config(c, problem.spec, target))
+
+
+HOPPER = HopperForwardConfig(
+    consumers=2, block_n=128, num_warps=4, num_stages=2, queries="registers", diagonal="half", head_group=1000
+)
+
+
+def test_an_entry_of_the_family_for_hopper_is_chosen_like_any_other(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    registry = make_registry(make_entry(8192, config=config(1)), make_entry(config=HOPPER))
+    selection = select(PROBLEM, H200, registry=registry, software=software)
+    assert (selection.rung, selection.config) == ("exact", HOPPER)
+    assert "kernel    gluon/hopper_forward block_n=128 consumers=2" in str(selection)
+    far = select(parse_problem(at(8192)), H200, registry=registry, software=software)
+    assert (far.rung, far.config) == ("exact", config(1))
+    explicit = select(PROBLEM, H200, registry=EMPTY, software=software, config=HOPPER)
+    assert (explicit.rung, explicit.config) == ("explicit", HOPPER)
+
+
+def test_an_entry_that_cannot_read_the_call_falls_to_the_portable_family_visibly(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    def usable(candidate: KernelConfig) -> str | None:
+        return "strides of 24 bytes" if isinstance(candidate, HopperForwardConfig) else None
+
+    registry = make_registry(make_entry(config=HOPPER), make_entry(8192, config=config(1)))
+    selection = select(PROBLEM, H200, registry=registry, software=software, usable=usable)
+    assert (selection.rung, selection.config) == ("nearest", config(1))
+    assert [refusal.reason for refusal in selection.refused] == ["strides of 24 bytes"]
+    untuned = select(PROBLEM, H200, registry=EMPTY, software=software, usable=usable)
+    assert (untuned.rung, untuned.config.template) == ("heuristic", "triton/forward")
+    own = [config for config in default_configs(PROBLEM, H200) if isinstance(config, HopperForwardConfig)]
+    assert [refusal.candidate for refusal in untuned.refused] == [f"heuristic {config}" for config in own]
+
+
+def test_entries_of_another_mask_may_be_of_the_family_for_hopper(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    whole = dataclasses.replace(HOPPER, diagonal="whole")
+    registry = make_registry(make_entry(config=HOPPER), make_entry(8192, config=whole))
+    selection = select(parse_problem(f"{at(4096)} softcap"), H200, registry=registry, software=software)
+    assert (selection.rung, selection.config) == ("other features", HOPPER)
+    # Half a diagonal that the mask does not have is refused, and the next entry taken.
+    full = parse_problem(at(4096).replace("causal", "full"))
+    selection = select(full, H200, registry=registry, software=software)
+    assert (selection.rung, selection.config) == ("other features", whole)
+    (refusal,) = selection.refused
+    assert "diagonal=half needs a causal or prefix mask by formula, got full" in refusal.reason
+
+
+@pytest.mark.parametrize("words", ["bias=input", "dropout"])
+def test_what_the_family_for_hopper_does_not_compute_falls_to_the_portable_one(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, words: str
+) -> None:
+    registry = make_registry(make_entry(config=HOPPER))
+    selection = select(parse_problem(f"{at(4096)} {words}"), H200, registry=registry, software=software)
+    assert (selection.rung, selection.config.template) == ("heuristic", "triton/forward")
+    (refusal,) = selection.refused
+    assert "the kernel does not know" in refusal.reason
+
+
+PACKED = HopperForwardConfig(
+    consumers=2, block_n=64, num_warps=4, num_stages=3, pack="heads", queries="registers", head_group=1000
+)
+ODD_GROUP = "a tile has 2 query heads of one group, which a group of 3 does not divide into"
+
+
+@pytest.mark.parametrize("words", ["causal", "sliding_window(127,0)"])
+def test_an_entry_that_packs_heads_falls_visibly_where_the_group_does_not_divide(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, words: str
+) -> None:
+    spec = spec_of(words)
+    assert check_config(PACKED, spec, H200) == ()
+    # One range covers both numbers of heads.
+    packed = make_entry(spec=spec, config=PACKED, nheads_q=(24, 32))
+    registry = make_registry(packed, make_entry(8192, spec=spec, config=config(1), nheads_q=24))
+    even, odd = (parse_problem(f"b=4 hq={hq} hkv=8 s=4096 d=128 {words} bf16") for hq in (32, 24))
+    selection = select(even, H200, registry=registry, software=software)
+    assert (selection.rung, selection.config) == ("exact", PACKED)
+    selection = select(odd, H200, registry=registry, software=software)
+    assert (selection.rung, selection.config) == ("nearest", config(1))
+    (refusal,) = selection.refused
+    assert refusal.reason == ODD_GROUP
+    assert "hq=24..32" in refusal.candidate
+    assert ODD_GROUP in str(selection)
+    untuned = select(odd, H200, registry=make_registry(packed), software=software)
+    assert (untuned.rung, untuned.config.template) == ("heuristic", "gluon/hopper_forward")
+    assert untuned.config.heads_of_tile == 1
+    assert [refusal.reason for refusal in untuned.refused] == [ODD_GROUP]
+
+
+def test_a_nearest_entry_that_packs_heads_needs_a_group_that_divides(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    registry = make_registry(make_entry(config=PACKED))
+    for heads, rung in (("hq=24 hkv=8", "heuristic"), ("hq=8 hkv=8", "heuristic"), ("hq=48 hkv=8", "nearest")):
+        problem = parse_problem(f"b=4 {heads} s=4096 d=128 causal bf16")
+        selection = select(problem, H200, registry=registry, software=software)
+        assert selection.rung == rung
+        assert (selection.config == PACKED) is (rung == "nearest")
+
+
+def test_an_explicit_config_that_packs_heads_needs_a_group_that_divides(software: Software) -> None:
+    odd = parse_problem("b=4 hq=24 hkv=8 s=4096 d=128 causal bf16")
+    with pytest.raises(ConfigError, match=ODD_GROUP):
+        select(odd, H200, registry=EMPTY, software=software, config=PACKED)
+    assert select(PROBLEM, H200, registry=EMPTY, software=software, config=PACKED).config == PACKED
+
+
+def test_untuned_hopper_gets_its_own_family_and_other_gpus_do_not(software: Software) -> None:
+    for name in ("H100", "H200"):
+        selection = select(PROBLEM, named_target(name), registry=EMPTY, software=software)
+        assert (selection.rung, selection.config.template) == ("heuristic", "gluon/hopper_forward")
+    for name in ("A100", "B200", "RTX5090", "MI300X"):
+        selection = select(PROBLEM, named_target(name), registry=EMPTY, software=software)
+        assert selection.config.template == "triton/forward"
+    with pytest.raises(ConfigError, match=r"cannot run .* on NVIDIA B200.*written for sm_90"):
+        select(PROBLEM, named_target("B200"), registry=EMPTY, software=software, config=HOPPER)
+
+
+def test_on_cpu_tensors_no_kernel_in_gluon_is_left(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    registry = make_registry(make_entry(config=HOPPER), make_entry(8192, config=HOPPER))
+    for words in ("causal", "full softcap"):
+        problem = parse_problem(at(4096).replace("causal", words))
+        selection = select(problem, H200, registry=registry, software=software, usable=interpreter_refusal)
+        assert (selection.rung, selection.config.template) == ("heuristic", "triton/forward")
+        assert any("written in Gluon" in refusal.reason for refusal in selection.refused)

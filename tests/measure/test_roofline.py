@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 
 import pytest
 
 from flashgen.codegen import config_from_dict
-from flashgen.codegen.config import KernelConfig, Loads, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import (
+    HopperForwardConfig,
+    KernelConfig,
+    Loads,
+    TritonBackwardConfig,
+    TritonForwardConfig,
+)
+from flashgen.codegen.hopper_constraints import shared_memory_lower_bound
 from flashgen.errors import ConfigError, InputError
 from flashgen.measure import floor_us, predict_us, tbps, tflops
 from flashgen.spec import parse_problem
@@ -271,8 +279,95 @@ def test_more_backward_work_never_takes_less_time() -> None:
     assert predict_us(plain, H200, config, 200, 98336).us < predict_us(dropped, H200, config, 200, 98336).us
 
 
+# Registers that threads start with and shared memory of kernels for Hopper, compiled by Triton 3.6.
+HOPPER = {
+    "two": (HopperForwardConfig(consumers=2, block_n=128, num_warps=4, num_stages=2, queries="registers"), 168),
+    "three": (HopperForwardConfig(consumers=3, block_n=128, num_warps=4, num_stages=2), 128),
+    "narrow": (HopperForwardConfig(consumers=2, block_n=64, num_warps=4, num_stages=2, queries="registers"), 168),
+    "one": (HopperForwardConfig(consumers=1, block_n=64, num_warps=4, num_stages=2), 240),
+}
+
+
+def predicted_hopper(text: str, name: str, **changes: typing.Any) -> float:
+    config, registers = HOPPER[name]
+    config = dataclasses.replace(config, **changes)
+    problem = parse_problem(f"{text} bf16")
+    smem_bytes = shared_memory_lower_bound(config, problem.spec) + 100
+    return predict_us(problem, H200, config, registers, smem_bytes).us
+
+
+# What won on an H200 at 2048 columns of heads, and by how much against the best of plain Triton.
+MEASURED_HOPPER = {
+    (64, "full"): ("three", {"turns": "alternate", "head_group": 4}, 496 / 406),
+    (64, "causal"): ("three", {"head_group": 8, "tail_heads": 32}, 450 / 365),
+    (128, "full"): ("two", {"turns": "alternate"}, 642 / 504),
+    (128, "causal"): ("two", {"diagonal": "half", "head_group": 4, "tail_heads": 16}, 592 / 429),
+}
+
+
+@pytest.mark.parametrize(("d", "mask"), MEASURED_HOPPER)
+def test_kernels_for_hopper_rank_above_plain_triton_about_as_measured(d: int, mask: str) -> None:
+    name, changes, measured = MEASURED_HOPPER[d, mask]
+    us = predicted_hopper(f"b=4 h={2048 // d} s=4096 d={d} {mask}", name, **changes)
+    ratio = min(predicted(d, mask, tile) for tile in COMPILED[d]) / us
+    assert 0.85 * measured < ratio < 1.1 * measured
+    assert us > floor_us(PREFILL[d, mask], H200).us
+
+
+@pytest.mark.parametrize(("d", "mask"), MEASURED_HOPPER)
+def test_winners_on_an_h200_rank_first_among_kernels_for_hopper(d: int, mask: str) -> None:
+    text = f"b=4 h={2048 // d} s=4096 d={d} {mask}"
+    winner, changes, _ = MEASURED_HOPPER[d, mask]
+    # Three consumers of 128 keys do not fit at 128 columns.
+    others = {"two", "three", "narrow", "one"} - {winner} - ({"three"} if d == 128 else set())
+    best = predicted_hopper(text, winner, **changes)
+    assert all(best < predicted_hopper(text, name, head_group=4) for name in others)
+    assert best < predicted_hopper(text, winner, **{**changes, "out_buffer": "queries"})
+    assert best < predicted_hopper(text, winner, **{**changes, "rescale": 0, "num_stages": 2, "tail_heads": 128})
+
+
+def test_wide_heads_gain_by_rescaling_rarely() -> None:
+    wide = {"out_buffer": "half", "queries": "shared"}
+    always, rarely = (predicted_hopper("b=4 h=8 s=4096 d=256 full", "narrow", **wide, rescale=r) for r in (0, 8))
+    assert rarely < always
+    always, rarely = (predicted_hopper("b=4 h=32 s=4096 d=64 full", "two", rescale=r) for r in (0, 8))
+    assert rarely > always
+
+
+def test_causal_tails_and_groups_count_by_the_cache_they_take() -> None:
+    short, long = "b=8 h=16 s=2048 d=128 causal", "b=1 h=16 s=16384 d=128 causal"
+    assert predicted_hopper(short, "two", head_group=8, tail_heads=32) < predicted_hopper(short, "two", head_group=8)
+    assert predicted_hopper(long, "two", head_group=4) < predicted_hopper(long, "two", head_group=16)
+
+
+def test_small_grids_rank_programs_of_one_consumer_first() -> None:
+    small, large = "b=1 h=16 s=512 d=128 full", "b=8 h=16 s=2048 d=128 full"
+    assert predicted_hopper(small, "one") < predicted_hopper(small, "narrow")
+    assert predicted_hopper(large, "one") > predicted_hopper(large, "narrow")
+
+
+def test_a_program_for_hopper_that_does_not_fit_ranks_last() -> None:
+    config, registers = HOPPER["two"]
+    prediction = predict_us(PREFILL[128, "full"], H200, config, registers, H200.smem_bytes + 1)
+    assert (prediction.us, prediction.occupancy_blocks, prediction.limiter) == (math.inf, 0, "shared memory")
+    prediction = predict_us(PREFILL[128, "full"], H200, config, registers, 197088)
+    assert (prediction.occupancy_blocks, prediction.waves) == (1, math.ceil(32 * 64 / 132))
+
+
+def test_more_work_for_hopper_never_takes_less_time() -> None:
+    for mask in ("full", "causal", "sliding_window(127,0)", "document"):
+        sizes = (0, 1, 128, 512, 1000, 1024, 2048, 4096, 16384)
+        times = [predicted_hopper(f"b=2 h=16 s={s} d=128 {mask}", "two") for s in sizes]
+        assert times == sorted(times)
+    plain = predicted_hopper("b=2 h=16 s=4096 d=128 full", "narrow")
+    assert plain < predicted_hopper("b=2 h=16 s=4096 d=128 full softcap", "narrow")
+    assert predicted_hopper("b=2 h=16 s=4096 d=128 varlen full", "narrow") < plain
+
+
 def test_nothing_to_do_is_legal() -> None:
     config = make_config((128, 64, 4, 2))
+    for text in ("b=1 h=2 sq=0 sk=64 d=64", "b=0 h=2 s=64 d=64", "b=1 h=2 sq=64 sk=0 d=64 causal"):
+        assert 0 < predicted_hopper(text, "two") < 20
     for text in ("b=1 h=2 sq=0 sk=64 d=64", "b=0 h=2 s=64 d=64", "b=1 h=2 sq=64 sk=0 d=64 causal"):
         problem = parse_problem(text)
         assert 0 < predict_us(problem, H200, config, 128, 49152).us < 20
@@ -283,7 +378,9 @@ def test_other_templates_are_refused() -> None:
     class OtherConfig(KernelConfig):
         template = "triton/other"
 
-    with pytest.raises(ConfigError, match="triton/forward and triton/backward"):
+    with pytest.raises(
+        ConfigError, match="knows triton/forward, gluon/hopper_forward, triton/backward, got triton/other"
+    ):
         predict_us(PREFILL[64, "full"], H200, OtherConfig(num_warps=4, num_stages=2), 128, 0)
 
 

@@ -194,5 +194,7 @@ def test_a_config_of_another_phase_is_refused():
 
 
 def test_an_unknown_template_lists_the_known():
-    with pytest.raises(ConfigError, match=r"'triton/sideways'; known: triton/forward, triton/backward"):
+    with pytest.raises(
+        ConfigError, match=r"'triton/sideways'; known: triton/forward, gluon/hopper_forward, triton/backward"
+    ):
         constraints_of("triton/sideways")

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.codegen.config import TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import HopperForwardConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.codegen.constraints import check_config
 from flashgen.errors import ConfigError
 from flashgen.resources import resource_dir
 from flashgen.search_space import load_space
 from flashgen.search_space import space as space_module
-from flashgen.spec import AttentionSpec, DType
+from flashgen.spec import AttentionSpec, DType, parse_problem
 from flashgen.target import known_targets, named_target
 
-TEMPLATE, BACKWARD = "triton/forward", "triton/backward"
+TEMPLATE, BACKWARD, HOPPER = "triton/forward", "triton/backward", "gluon/hopper_forward"
 SHIPPED = (resource_dir("search_spaces") / f"{TEMPLATE}.yaml").read_text()
 SHIPPED_BACKWARD = (resource_dir("search_spaces") / f"{BACKWARD}.yaml").read_text()
 
@@ -96,6 +96,57 @@ def test_first_backward_seeds_are_of_every_kind():
         ("ordered", "descriptor"),
         ("kernel", "pointer"),
     }
+
+
+def hopper_seeds(words: str) -> tuple[HopperForwardConfig, ...]:
+    spec, target = parse_problem(f"b=1 h=8 s=4096 {words}").spec, named_target("H200")
+    legal = load_space(HOPPER).legal(spec, target)
+    assert set(legal.seeds) <= set(legal.configs)
+    assert len(set(legal.configs)) == len(legal.configs) >= 200
+    # Whatever file and code say of one: as many as a test has time for.
+    assert all(check_config(config, spec, target) == () for config in legal.configs[::97])
+    return legal.seeds
+
+
+@pytest.mark.parametrize(
+    ("words", "consumers", "block_n", "more"),
+    [
+        # What won on an H200, among the first eight.
+        ("d=128 full bf16", 2, 128, {"queries": "registers", "turns": "alternate"}),
+        ("d=128 causal bf16", 2, 128, {"queries": "registers", "diagonal": "half", "head_group": 8, "tail_heads": 32}),
+        ("d=64 full bf16", 3, 128, {"turns": "alternate", "head_group": 4}),
+        ("d=64 causal bf16", 3, 128, {"turns": "free", "head_group": 8, "tail_heads": 32}),
+        ("d=256 full bf16", 2, 64, {"rescale": 8, "out_buffer": "half", "convert": "late", "head_group": 1}),
+        ("d=256 causal fp16", 2, 64, {"rescale": 8, "out_buffer": "half", "head_group": 8}),
+        ("d=192 dv=128 causal bf16", 2, 128, {"out_buffer": "half"}),
+        ("d=192 full bf16", 2, 64, {"rescale": 8}),
+        ("d=96 full bf16", 2, 128, {"queries": "registers"}),
+        ("d=128 sliding_window(127,0) bf16", 2, 64, {"queries": "registers", "loops": "single"}),
+        ("d=128 sliding_window(1023,0) bf16", 2, 128, {"queries": "shared", "loops": "single"}),
+        ("d=64 document bf16", 2, 128, {"queries": "registers"}),
+    ],
+)
+def test_first_seeds_for_hopper_are_the_measured_winners(words, consumers, block_n, more):
+    first = hopper_seeds(words)[:8]
+    assert len(first) >= 6
+    assert any(
+        (seed.consumers, seed.block_n) == (consumers, block_n)
+        and all(getattr(seed, name) == value for name, value in more.items())
+        for seed in first
+    )
+
+
+def test_seeds_for_hopper_have_twins_and_small_grids():
+    seeds = hopper_seeds("d=128 causal bf16")
+    assert {seed.tiles for seed in seeds} == {"apart", "overlap"}
+    assert {(seed.consumers, seed.programs) for seed in seeds} == {(1, 1), (1, 2), (2, 1), (3, 1)}
+
+
+@pytest.mark.parametrize("target", known_targets(), ids=str)
+def test_the_space_for_hopper_is_empty_elsewhere(target):
+    legal = load_space(HOPPER).legal(bf16(128), target)
+    assert bool(legal.configs) is bool(legal.seeds) is (target.arch == "sm_90")
+    assert not load_space(HOPPER).legal(bf16(512), target).configs
 
 
 def test_counts_every_refusal_once():

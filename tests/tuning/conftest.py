@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from flashgen.codegen import KernelConfig
-from flashgen.heuristics import default_configs
-from flashgen.search_space import load_space
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import named_target
-from flashgen.tuning.effort import Effort
+from flashgen.tuning.choices import find_choices
+from flashgen.tuning.effort import EFFORTS, Effort
 from flashgen.tuning.events import Observer, SilentObserver, TuneReport
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.run import Run
@@ -48,9 +47,7 @@ class Bench:
     @property
     def seeds(self) -> list[KernelConfig]:
         """What a run tries first, in order."""
-        default = default_configs(self.problem, H200)[0]
-        seeds = load_space(f"triton/{self.problem.spec.phase}").legal(self.problem.spec, H200).seeds
-        return list(dict.fromkeys((default, *seeds)))
+        return list(find_choices(self.problem, H200, EFFORTS["full"]).seeds)
 
     def plan(self, **jobs: dict[KernelConfig | str, object]) -> None:
         """Write what happens to which config in which job."""

@@ -14,7 +14,7 @@ from flashgen.errors import FlashgenError
 from flashgen.launch import interpret_backward, interpret_forward
 from flashgen.measure import Oracle, Rejected, awkward_shapes, poisoned_outputs, random_extras, random_inputs
 from flashgen.spec import Problem, parse_problem
-from flashgen.tuning import gpu_cases, gpu_jobs
+from flashgen.tuning import awkward, gpu_cases, gpu_jobs
 from flashgen.tuning.gpu_cases import Case
 
 FORWARD = TritonForwardConfig(block_m=16, block_n=16, num_warps=1, num_stages=1)
@@ -67,7 +67,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plant], None]:
     monkeypatch.setattr(gpu_cases, "_launched_forward", gpu_cases._exact_forward)
     # Lengths one off a tile, and rows that see nothing.
     monkeypatch.setattr(
-        gpu_jobs, "awkward_shapes", lambda *args: [*awkward_shapes(*args)[1:3], awkward_shapes(*args)[5]]
+        awkward, "awkward_shapes", lambda *args: [*awkward_shapes(*args)[1:3], awkward_shapes(*args)[5]]
     )
     set_fault(lambda tensors: None)
     return set_fault
@@ -159,11 +159,11 @@ def test_bits_that_change_are_caught_but_of_atomic_sums(plant, name):
 
 def test_each_kernel_of_a_config_has_its_awkward_shapes():
     what = problem("causal fp16")
-    shapes = gpu_jobs._awkward_shapes(what, OWN_DQ)
+    shapes = awkward.awkward_for(what, OWN_DQ)
     for tile in ((16, 32), (32, 16)):
         assert {shape for shape in awkward_shapes(what, *tile) if shape.seqlen_k} <= set(shapes)
     assert len(set(shapes)) == len(shapes)
-    assert gpu_jobs._awkward_shapes(what, ATOMIC) == tuple(s for s in awkward_shapes(what, 16, 16) if s.seqlen_k)
+    assert awkward.awkward_for(what, ATOMIC) == tuple(s for s in awkward_shapes(what, 16, 16) if s.seqlen_k)
 
 
 def forward_of(what: Problem) -> tuple[Problem, dict[str, torch.Tensor], typing.Any]:

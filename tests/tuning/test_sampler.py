@@ -13,7 +13,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from flashgen.codegen.config import KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.errors import ConfigError
 from flashgen.tuning.sampler import ConfigSpace, SpaceExhausted, UntriedNeighbourSampler, suggest_config
 
@@ -164,6 +164,62 @@ def test_says_nothing_experimental():
         warnings.simplefilter("error")
         sampler = UntriedNeighbourSampler(SIXTY, n_quasi_random=2)
         run(new_study(sampler), sampler, 8, batch=2)
+
+
+def hopper_configs() -> list[KernelConfig]:
+    return [
+        HopperForwardConfig(
+            consumers=consumers, block_n=n, num_warps=4, num_stages=s, queries=queries, turns=turns, head_group=g
+        )
+        for consumers, n, s, queries, turns, g in itertools.product(
+            (1, 2, 3), (64, 128), (2, 3), ("shared", "registers"), ("free", "alternate"), (1, 4)
+        )
+    ]  # fmt: skip
+
+
+def test_configs_of_two_templates_make_one_space():
+    configs = [*hopper_configs(), *SIXTY]
+    space = ConfigSpace.of(configs)
+    assert space.choices["template"] == space.templates == ("gluon/hopper_forward", "triton/forward")
+    assert space.choices["block_m"] == (*ConfigSpace.of(SIXTY).choices["block_m"], "")
+    assert space.choices["queries"] == ("", "registers", "shared")
+    assert space.choices["num_warps"] == (2, 4, 8)
+    assert [space.config(dict(zip(space.choices, space.key(c), strict=True))) for c in configs] == configs
+    # As before there were several.
+    assert "template" not in ConfigSpace.of(SIXTY).choices
+
+
+def test_exhausts_two_templates_without_a_repeat():
+    configs = [*hopper_configs()[:40], *SIXTY[:20]]
+    seeds = [SIXTY[3], configs[7]]
+    sampler = UntriedNeighbourSampler(configs, seeds=seeds, seed=2, n_quasi_random=10)
+    tried = run(new_study(sampler), sampler, 60, batch=4)
+    assert tried[:2] == seeds
+    assert set(tried) == set(configs)
+
+
+def test_first_points_are_of_each_template_in_turn():
+    sampler = UntriedNeighbourSampler([*hopper_configs(), *make_configs()], seed=1)
+    spread = run(new_study(sampler), sampler, 16)
+    assert [config.template for config in spread[:4]] == ["gluon/hopper_forward", "triton/forward"] + [
+        "gluon/hopper_forward"
+    ] * 2
+    own = [config for config in spread if isinstance(config, HopperForwardConfig)]
+    assert {config.consumers for config in own} == {1, 2, 3}
+    assert len({(config.queries, config.turns) for config in own}) == 4
+
+
+def test_a_neighbour_is_of_the_same_template():
+    configs = [*hopper_configs(), *SIXTY]
+    outside = HopperForwardConfig(consumers=2, block_n=256, num_warps=4, num_stages=2, rescale=8, tiles="overlap")
+    sampler = UntriedNeighbourSampler(configs, seeds=[outside])
+    (found,) = run(new_study(sampler), sampler, 1)
+    assert found == HopperForwardConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
+
+
+def test_a_seed_of_another_template_is_refused():
+    with pytest.raises(ConfigError, match="every seed must be a config of triton/forward"):
+        UntriedNeighbourSampler(SIXTY, seeds=hopper_configs()[:1])
 
 
 def test_refuses_an_empty_list():

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
-import flashgen.tuning.run
-from flashgen.codegen import TritonForwardConfig
+import flashgen.tuning.choices
+from flashgen.codegen import HopperForwardConfig, TritonForwardConfig
 from flashgen.errors import FlashgenError, InputError, RegistryError
 from flashgen.registry import load, search_locations
 from flashgen.spec import Problem, parse_problem
@@ -31,6 +31,8 @@ H200 = named_target("H200")
 SMALL = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
 LONGER = parse_problem("b=1 hq=2 hkv=2 s=512 d=64 fp16")
 BF16 = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 bf16")
+# Computed by kernels alone that the interpreter can run.
+PORTABLE = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 dropout fp16")
 
 
 class Recorder(SilentObserver):
@@ -65,7 +67,7 @@ def test_tuning_for_real_without_a_gpu_and_again_from_its_study(tmp_path):
     def run() -> tuple[typing.Any, Recorder]:
         observer = Recorder()
         report = tune(
-            [SMALL],
+            [PORTABLE],
             target=H200,
             effort="check",
             budget_s=100.0,
@@ -142,13 +144,13 @@ def test_a_budget_is_a_deadline_for_all_problems_together(bench):
 
 
 def test_an_impossible_problem_does_not_stop_the_others(bench, monkeypatch):
-    usual = flashgen.tuning.run.default_configs
+    usual = flashgen.tuning.choices.default_configs
 
     def defaults(problem, target):
         huge = TritonForwardConfig(block_m=4096, block_n=64, num_warps=4, num_stages=2)
         return (huge,) if problem == BF16 else usual(problem, target)
 
-    monkeypatch.setattr(flashgen.tuning.run, "default_configs", defaults)
+    monkeypatch.setattr(flashgen.tuning.choices, "default_configs", defaults)
     observer = Recorder()
     impossible, possible = bench.run(problems=[BF16, SMALL], observer=observer).results
     assert (impossible.entry, impossible.legal, impossible.trials) == (None, 0, ())
@@ -175,12 +177,23 @@ def test_ctrl_c_writes_the_best_so_far_and_the_same_call_goes_on(bench):
 
 
 def test_ctrl_c_without_a_gpu_checks_the_best_so_far(bench):
-    report = bench.run(gpu=None, observer=Recorder(interrupt_after=2))
+    report = bench.run(gpu=None, problems=[PORTABLE], observer=Recorder(interrupt_after=2))
     entry = report.results[0].entry
     assert report.interrupted
     assert entry.origin == "predicted"
     assert entry.accuracy.allowed_error == 0.01
     assert bench.calls("interpret") == [str(entry.config)]
+
+
+def test_a_winner_that_only_a_gpu_can_run_is_said_to_be_unchecked(bench):
+    (result,) = bench.run(gpu=None, trials=6).results
+    tried = {trial.config.template for trial in result.trials}
+    assert tried == {"gluon/hopper_forward", "triton/forward"}
+    assert isinstance(result.entry.config, HopperForwardConfig)
+    assert (result.entry.accuracy.max_error, result.entry.accuracy.allowed_error) == (0.0, 0.0)
+    assert result.note.startswith("the winner was not checked: gluon/hopper_forward is written in Gluon")
+    assert all(call.startswith("triton/forward") for call in bench.calls("interpret"))
+    assert stored(bench) == [result.entry]
 
 
 def test_a_registry_that_cannot_be_written_is_said_before_tuning(bench):

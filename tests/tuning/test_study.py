@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
+import signal
 import typing
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from flashgen.errors import FlashgenError, InputError
 from flashgen.measure import Rejected, Timing
 from flashgen.spec import parse_problem
 from flashgen.target import named_target
+from flashgen.tuning.choices import find_choices
+from flashgen.tuning.effort import EFFORTS
 from flashgen.tuning.events import TrialRecord
 from flashgen.tuning.journal import open_storage
-from flashgen.tuning.study import FAILED_US, ProblemStudy, Tried
+from flashgen.tuning.study import FAILED_US, ProblemStudy, Tried, _varied
 
 H200 = named_target("H200")
 PROBLEM = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
@@ -250,3 +254,32 @@ def test_a_full_disk_is_said_and_keeps_the_trials(path, monkeypatch):
     with opened(path) as study:
         assert [trial.config for trial in study.finished()] == [trial.config for trial in told]
         assert config in {trial.config for trial in try_some(study, len(CONFIGS) - 3)}
+
+
+def test_ctrl_c_in_the_middle_of_a_write_waits_for_its_end(path, monkeypatch):
+    append = JournalFileBackend.append_logs
+    with opened(path) as study:
+        number, config = study.ask()
+
+        def interrupted(self: JournalFileBackend, logs: list[dict[str, typing.Any]]) -> None:
+            signal.raise_signal(signal.SIGINT)
+            append(self, logs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(JournalFileBackend, "append_logs", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                study.tell(tried(number, config))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert [each.config for each in study.finished()] == [config]
+        try_some(study, 1)
+
+
+def test_what_differs_in_two_ways_at_once_names_another_study():
+    found = _varied(PROBLEM, find_choices(PROBLEM, H200, EFFORTS["full"]).configs)
+    assert {config.template for config in found} == {"gluon/hopper_forward", "triton/forward"}
+    assert len(found) < 60
+    words = [config.as_dict() for config in found if config.template == "gluon/hopper_forward"]
+    assert {(w["tiles"], w["turns"]) for w in words} == set(
+        itertools.product(("apart", "overlap"), ("alternate", "free"))
+    )
+    assert {(w["consumers"], w["queries"]) for w in words} >= {(1, "registers"), (2, "registers"), (2, "shared")}

@@ -1,0 +1,36 @@
+"""The shapes that a config is checked at."""
+
+from __future__ import annotations
+
+import math
+
+from flashgen.codegen import HopperForwardConfig, KernelConfig
+from flashgen.measure import awkward_shapes
+from flashgen.spec import Problem, Shape
+
+# For each program on a multiprocessor: more than one on each of 132 takes, so that programs go on to a second tile.
+_MANY_TILES = 200
+
+
+def awkward_for(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
+    """Return small shapes that are awkward for the tiles of any of a config's kernels, none of them without keys.
+
+    Programs that take tile after tile get one shape of many tiles, too.
+    """
+    shapes = dict.fromkeys(shape for blocks in config.blocks for shape in awkward_shapes(problem, *blocks))
+    many = [_many_tiles(problem, config)] if isinstance(config, HopperForwardConfig) else []
+    # Nothing is launched without keys.
+    return (*(shape for shape in shapes if shape.seqlen_k), *many)
+
+
+def _many_tiles(problem: Problem, config: HopperForwardConfig) -> Shape:
+    nheads_kv = min(problem.shape.nheads_kv, 2)
+    heads = nheads_kv * problem.shape.group
+    return Shape(
+        # Two tiles of queries, the second of a few rows, for each head or as many as a tile has, and three of keys.
+        batch=math.ceil(_MANY_TILES * config.programs * config.heads_of_tile / (2 * heads)),
+        seqlen_q=config.block_m + 3,
+        seqlen_k=2 * config.block_n + 1,
+        nheads_q=heads,
+        nheads_kv=nheads_kv,
+    )

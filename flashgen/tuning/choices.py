@@ -1,0 +1,105 @@
+"""What may be tried for a problem: the legal configs of every template of its phase, and which of them come first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import typing
+
+from flashgen.codegen import KernelConfig, templates_of
+from flashgen.codegen.constraints import check_config, shape_refusal
+from flashgen.errors import NoKernelError
+from flashgen.heuristics import default_configs
+from flashgen.search_space import load_space
+from flashgen.spec import Problem
+from flashgen.target import GpuTarget
+from flashgen.tuning.effort import Effort
+
+_MAX_NEIGHBOURS = 4
+_MAX_DEFAULTS = 6
+# Of seeds: so many of a template that is written for the GPU, before one of a template that runs anywhere.
+_OWN_FOR_ONE_PORTABLE = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What may be tried for one problem.
+
+    Attributes:
+        configs: every legal config, of all templates.
+        seeds: those that are tried first, in order.
+        default: what would run untuned.
+    """
+
+    configs: tuple[KernelConfig, ...]
+    seeds: tuple[KernelConfig, ...]
+    default: KernelConfig
+
+
+def find_choices(
+    problem: Problem, target: GpuTarget, effort: Effort, winners: typing.Iterable[KernelConfig] = ()
+) -> Choices:
+    """Return what may be tried for `problem` on `target`.
+
+    Args:
+        problem: what is tuned.
+        target: for which GPU.
+        effort: how many of the seeds there is time for.
+        winners: of like problems; the first few that are legal are tried before all else.
+
+    Raises:
+        NoKernelError: if no default config is legal.
+    """
+    spec = problem.spec
+    defaults = _default_configs(problem, target)
+    spaces = {template: load_space(template).legal(spec, target) for template in templates_of(spec.phase)}
+    winners = dict.fromkeys(_fitting(winners, problem))
+    legal = [config for config in winners if not check_config(config, spec, target)]
+    seeds: tuple[KernelConfig, ...] = ()
+    for template, space in spaces.items():
+        # What the shape at hand suggests, before what is good for any.
+        guesses = [config for config in defaults[1:] if config.template == template]
+        seeds = _in_turns(tuple(dict.fromkeys((*guesses, *space.seeds))), seeds)
+    everything = itertools.chain.from_iterable(space.configs for space in reversed(spaces.values()))
+    first = dict.fromkeys((*legal[:_MAX_NEIGHBOURS], defaults[0], *seeds))
+    return Choices(
+        configs=tuple(dict.fromkeys((*_fitting(everything, problem), *defaults))),
+        seeds=tuple(_fitting(first, problem))[: effort.seeds],
+        default=defaults[0],
+    )
+
+
+def _fitting(configs: typing.Iterable[KernelConfig], problem: Problem) -> typing.Iterator[KernelConfig]:
+    """Return those of configs that are legal for the spec which can compute the problem's shape, too."""
+    return (config for config in configs if not shape_refusal(config, problem.shape))
+
+
+def _in_turns(own: tuple[KernelConfig, ...], portable: tuple[KernelConfig, ...]) -> tuple[KernelConfig, ...]:
+    """Return both in order, with one of `portable` after every few of `own`."""
+    merged: list[KernelConfig] = []
+    rest = iter(portable)
+    for count, config in enumerate(own, 1):
+        merged.append(config)
+        if count % _OWN_FOR_ONE_PORTABLE == 0:
+            merged += itertools.islice(rest, 1)
+    return (*merged, *rest)
+
+
+def _default_configs(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
+    """Return what would run untuned, first of all, and the next best guesses.
+
+    Raises:
+        NoKernelError: if no default config is legal.
+    """
+    found: list[KernelConfig] = []
+    refused: list[str] = []
+    for config in default_configs(problem, target):
+        shape = shape_refusal(config, problem.shape)
+        reasons = (*check_config(config, problem.spec, target), *((shape,) if shape else ()))
+        if reasons:
+            refused.append(f"{config}: {'; '.join(reasons)}")
+        else:
+            found.append(config)
+    if not found:
+        raise NoKernelError(f"no config is legal for {problem} on {target}: {' | '.join(refused)}")
+    return found[:_MAX_DEFAULTS]
