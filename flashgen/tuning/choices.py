@@ -6,17 +6,17 @@ import dataclasses
 import itertools
 import typing
 
-from flashgen.codegen import KernelConfig, templates_of
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig, templates_of
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import NoKernelError
-from flashgen.heuristics import default_configs
+from flashgen.heuristics import default_configs, safe_configs
 from flashgen.search_space import load_space
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.effort import Effort
 
 _MAX_NEIGHBOURS = 4
-_MAX_DEFAULTS = 6
+_MAX_GUESSES = 5
 # Of seeds: so many of a template that is written for the GPU, before one of a template that runs anywhere.
 _OWN_FOR_ONE_PORTABLE = 3
 
@@ -51,21 +51,22 @@ def find_choices(
         NoKernelError: if no default config is legal.
     """
     spec = problem.spec
-    defaults = _default_configs(problem, target)
+    default, *others = _default_configs(problem, target)
+    guesses = _guesses(default, others)
     spaces = {template: load_space(template).legal(spec, target) for template in templates_of(spec.phase)}
     winners = dict.fromkeys(_fitting(winners, problem))
     legal = [config for config in winners if not check_config(config, spec, target)]
     seeds: tuple[KernelConfig, ...] = ()
     for template, space in spaces.items():
         # What the shape at hand suggests, before what is good for any.
-        guesses = [config for config in defaults[1:] if config.template == template]
-        seeds = _in_turns(tuple(dict.fromkeys((*guesses, *space.seeds))), seeds)
+        suggested = [config for config in guesses if config.template == template]
+        seeds = _in_turns(tuple(dict.fromkeys((*suggested, *space.seeds))), seeds)
     everything = itertools.chain.from_iterable(space.configs for space in reversed(spaces.values()))
-    first = dict.fromkeys((*legal[:_MAX_NEIGHBOURS], defaults[0], *seeds))
+    first = dict.fromkeys((*legal[:_MAX_NEIGHBOURS], default, *seeds))
     return Choices(
-        configs=tuple(dict.fromkeys((*_fitting(everything, problem), *defaults))),
+        configs=tuple(dict.fromkeys((*_fitting(everything, problem), default, *guesses))),
         seeds=tuple(_fitting(first, problem))[: effort.seeds],
-        default=defaults[0],
+        default=default,
     )
 
 
@@ -86,7 +87,7 @@ def _in_turns(own: tuple[KernelConfig, ...], portable: tuple[KernelConfig, ...])
 
 
 def _default_configs(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
-    """Return what would run untuned, first of all, and the next best guesses.
+    """Return what would run untuned, first of all, and what would run in its place.
 
     Raises:
         NoKernelError: if no default config is legal.
@@ -102,4 +103,18 @@ def _default_configs(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
             found.append(config)
     if not found:
         raise NoKernelError(f"no config is legal for {problem} on {target}: {' | '.join(refused)}")
-    return found[:_MAX_DEFAULTS]
+    return found
+
+
+def _guesses(default: KernelConfig, others: typing.Sequence[KernelConfig]) -> list[KernelConfig]:
+    """Return the next best guesses, without those that are there for GPUs or strides that better ones do not fit."""
+    better = {default, *others}
+    safe = safe_configs(default.phase)
+    return [config for config in others if config not in safe and _described(config) not in better][:_MAX_GUESSES]
+
+
+def _described(config: KernelConfig) -> KernelConfig | None:
+    """Return the same config with descriptors in place of pointers, or None where it has none."""
+    if isinstance(config, TritonForwardConfig | TritonBackwardConfig) and config.loads == "pointer":
+        return dataclasses.replace(config, loads="descriptor")
+    return None

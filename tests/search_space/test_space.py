@@ -121,7 +121,7 @@ def hopper_seeds(words: str) -> tuple[HopperForwardConfig, ...]:
         ("d=192 dv=128 causal bf16", 2, 128, {"out_buffer": "half"}),
         ("d=192 full bf16", 2, 64, {"rescale": 8}),
         ("d=96 full bf16", 2, 128, {"queries": "registers"}),
-        ("d=128 sliding_window(127,0) bf16", 2, 64, {"queries": "registers", "loops": "single"}),
+        ("d=128 sliding_window(127,0) bf16", 2, 64, {"queries": "shared", "loops": "single"}),
         ("d=128 sliding_window(1023,0) bf16", 2, 128, {"queries": "shared", "loops": "single"}),
         ("d=64 document bf16", 2, 128, {"queries": "registers"}),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import typing
 from pathlib import Path
@@ -47,7 +48,7 @@ class Bench:
     @property
     def seeds(self) -> list[KernelConfig]:
         """What a run tries first, in order."""
-        return list(find_choices(self.problem, H200, EFFORTS["full"]).seeds)
+        return list(_seeds(self.problem))
 
     def plan(self, **jobs: dict[KernelConfig | str, object]) -> None:
         """Write what happens to which config in which job."""
@@ -86,6 +87,11 @@ class Bench:
             jobs=jobs or self.jobs,
         )
         return run.tune(problems or [self.problem])
+
+
+@functools.cache
+def _seeds(problem: Problem) -> tuple[KernelConfig, ...]:
+    return find_choices(problem, H200, EFFORTS["full"]).seeds
 
 
 @pytest.fixture
