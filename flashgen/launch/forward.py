@@ -141,7 +141,7 @@ def launch_values(problem: Problem, config: KernelConfig, operands: Operands, ex
 def _score_factors(spec: AttentionSpec, extras: Extras) -> dict[str, float]:
     """Return what scores are multiplied by; they end in base 2, for exp2 is what the hardware has."""
     # Not 0: a masked score is -inf, and -inf * 0 is not a number; so small a factor makes all others equal, too.
-    scale = max(extras.softmax_scale, _LEAST_SCALE)
+    scale = extras.softmax_scale or _LEAST_SCALE
     natural = spec.score_mod is not None
     base = 1.0 if natural else _LOG2E
     if not spec.softcap:
