@@ -135,11 +135,12 @@ def test_what_an_earlier_problem_left_behind_is_not_the_next_ones(bench):
 
 
 def test_a_budget_is_a_deadline_for_all_problems_together(bench):
-    bench.plan(compile={config: {"sleep_s": 0.4} for config in bench.seeds})
+    bench.plan(compile={config: {"sleep_s": 0.5} for config in bench.seeds})
     start = time.monotonic()
-    report = bench.run(problems=[SMALL, LONGER, BF16], trials=16, budget_s=9.0)
+    # All of them would take two workers 8 s for each problem; the first are through in 5 s on a busy machine, too.
+    report = bench.run(problems=[SMALL, LONGER], trials=32, budget_s=10.0)
     assert time.monotonic() - start < 20.0
-    assert len(report.results) == 3
+    assert len(report.results) == 2
     assert all(result.entry and "out of time after" in result.note for result in report.results)
 
 
