@@ -8,7 +8,6 @@ from flashgen.codegen.config import ROWS_OF_CONSUMER, HopperForwardConfig
 from flashgen.codegen.head_tiles import tile_widths
 from flashgen.codegen.hopper_plan import HEAD_TILES
 from flashgen.codegen.limits import alignment_reason, shared_memory_reason, side_reason
-from flashgen.codegen.mask_plan import plan_mask
 from flashgen.spec import AttentionSpec, DType
 from flashgen.spec.masks import Causal, Full, PrefixLM
 from flashgen.target import GpuTarget
@@ -21,7 +20,6 @@ _STAGES = (2, 4)  # with one, the copy of a tile would wait for the products of 
 _KEYS = (32, 256)
 _MAX_HEAD_DIM = 256  # columns of one product
 _MAX_RESCALE = 8  # probabilities may reach 2**8, well inside float16's range
-_LEAST_OWN_KEYS = 128
 _HALF_DIAGONAL_KEYS = 128
 _LEAST_HALF = 32  # columns of V, so that half of them are a whole product
 # A thread's registers beside sums, scores and probabilities. Triton 3.6 spills 64 to 104 bytes where no more than these
@@ -109,24 +107,6 @@ def heads_share_keys(config: HopperForwardConfig, spec: AttentionSpec, target: G
     if "h" in spec.mask.uses and not spec.mask.by_formula:
         return f"pack=heads needs the same key tiles for all heads of a group, the mask {spec.mask} differs by head"
     return None
-
-
-def own_keys_are_wide(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
-    """Consumers that walk keys of their own, with Q in registers, take 128 keys a step or more.
-
-    Candidates with fewer were refused for their numbers in tuning on an H200 (D=128 and 192, causal and under windows);
-    until the reason is known, none is offered.
-    """
-    if config.queries == "registers" and config.block_n < _LEAST_OWN_KEYS and _walks_own_keys(config, spec):
-        return f"block_n={config.block_n} with queries=registers and keys of each consumer's own gave wrong numbers"
-    return None
-
-
-def _walks_own_keys(config: HopperForwardConfig, spec: AttentionSpec) -> bool:
-    if config.consumers == config.heads_of_tile or config.turns == "alternate" or not spec.mask.by_formula:
-        return False
-    diagonal = any(isinstance(leaf, Causal | PrefixLM) for leaf in spec.mask.leaves)
-    return diagonal or plan_mask(spec.mask.structure()).left_edge
 
 
 def turns_need_others(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
@@ -249,7 +229,6 @@ HOPPER_CONSTRAINTS: dict[str, Constraint] = {
         block_power_of_two,
         table_rows_power_of_two,
         heads_share_keys,
-        own_keys_are_wide,
         turns_need_others,
         half_diagonal_exists,
         single_loop_matters,

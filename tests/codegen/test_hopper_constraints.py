@@ -44,12 +44,6 @@ REFUSED = {
     "block_power_of_two": (config(block_n=96), spec(), "H200", "block_n=96 is not a power of two of at least 32"),
     "table_rows_power_of_two": (config(consumers=3), spec("d=64 document bf16"), "H200", "have 192 rows"),
     "heads_share_keys": (config(consumers=1, pack="heads"), spec(), "H200", "2 consumers or more, got 1"),
-    "own_keys_are_wide": (
-        config(block_n=64, queries="registers"),
-        spec("d=128 causal bf16"),
-        "H200",
-        "block_n=64 with queries=registers",
-    ),
     "turns_need_others": (config(consumers=1, turns="alternate"), spec(), "H200", "2 consumers or more, got 1"),
     "half_diagonal_exists": (config(diagonal="half"), spec(), "H200", "a causal or prefix mask by formula, got full"),
     "single_loop_matters": (config(loops="single"), spec(), "H200", "same kernel as split under the mask full"),

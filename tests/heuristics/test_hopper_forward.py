@@ -81,9 +81,9 @@ def test_wide_heads_rescale_rarely_and_leave_by_halves():
     ("words", "block_n", "queries"),
     [
         # Of those of two consumers, the first.
-        ("sliding_window(127,0)", 64, "shared"),
+        ("sliding_window(127,0)", 64, "registers"),
         ("sliding_window(1023,0)", 128, "shared"),
-        ("chunked(256)", 64, "shared"),
+        ("chunked(256)", 64, "registers"),
         ("causal alibi", 128, "registers"),
     ],
 )

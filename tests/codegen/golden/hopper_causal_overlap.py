@@ -554,7 +554,6 @@ def consumer(
         wait(q_full.index(CONSUMER), turn & 1)
         q = q_smem.index(CONSUMER).reshape([ROWS, BLOCK_DQK])
         q = q.load(gl.DotOperandLayout(0, s_layout, 2))
-        arrive(q_empty.index(CONSUMER))
         j = hi - 1
         n = j * BLOCK_N
         stage = step % NUM_STAGES
@@ -574,6 +573,8 @@ def consumer(
             )
             qk_left = mma_wait(0, deps=[qk_left])
             arrive(k_empty.index(stage))
+            # Not before: a barrier does not wait for loads that nobody has used, which a copy overtakes.
+            arrive(q_empty.index(CONSUMER))
             qk_left = seen_scores(
                 qk_left,
                 j >= full_hi,
@@ -601,6 +602,8 @@ def consumer(
             )
             qk = mma_wait(0, deps=[qk])
             arrive(k_empty.index(stage))
+            # Not before: a barrier does not wait for loads that nobody has used, which a copy overtakes.
+            arrive(q_empty.index(CONSUMER))
             qk = seen_scores(
                 qk,
                 j >= full_hi,
@@ -722,7 +725,6 @@ def consumer(
             wait(q_full.index(CONSUMER), turn & 1, pred=more)
             q = q_smem.index(CONSUMER).reshape([ROWS, BLOCK_DQK])
             q = q.load(gl.DotOperandLayout(0, s_layout, 2))
-            arrive(q_empty.index(CONSUMER), pred=more)
             acc = mma_wait(0, deps=[acc])
             arrive(v_empty.index(before))
             passed += gl.where(more, tiles_hi - hi, 0)
@@ -767,6 +769,8 @@ def consumer(
                 )
                 qk_left = mma_wait(0, deps=[qk_left])
                 arrive(k_empty.index(stage), pred=more)
+                # Not before: a barrier does not wait for loads that nobody has used, which a copy overtakes.
+                arrive(q_empty.index(CONSUMER), pred=more)
                 qk_left = seen_scores(
                     qk_left,
                     j >= full_hi,
@@ -814,6 +818,8 @@ def consumer(
                 )
                 qk = mma_wait(0, deps=[qk])
                 arrive(k_empty.index(stage), pred=more)
+                # Not before: a barrier does not wait for loads that nobody has used, which a copy overtakes.
+                arrive(q_empty.index(CONSUMER), pred=more)
                 qk = seen_scores(
                     qk,
                     j >= full_hi,

@@ -582,7 +582,6 @@ def consumer(
         wait(q_full.index(CONSUMER), turn & 1)
         q = q_smem.index(CONSUMER).reshape([ROWS, BLOCK_DQK])
         q = q.load(gl.DotOperandLayout(0, s_layout, 2))
-        arrive(q_empty.index(CONSUMER))
         # The last tile of keys starts the sums.
         j = hi - 1
         n = j * BLOCK_N
@@ -596,6 +595,8 @@ def consumer(
         )
         qk = mma_wait(0, deps=[qk])
         arrive(k_empty.index(stage))
+        # Not before: a barrier does not wait for loads that nobody has used, which a copy overtakes.
+        arrive(q_empty.index(CONSUMER))
         qk = seen_scores(
             qk,
             (j < full_lo) | (j >= full_hi),
