@@ -52,8 +52,8 @@ def short_config(config: KernelConfig) -> str:
 
     `128x64 w8 s2 descriptor r168 g4 h2 single`, or of a backward one `64x128 w8 s2 dq 128x64 w8 s2 pointer`, where the
     tiles of dQ's own kernel follow those of dK and dV, and `dq atomic` or `dq ordered` stands for none; or of one for
-    Hopper `hopper 2x64 n128 s2 registers alternate late rescale8 out-half half overlap g4+32`: consumers and their
-    rows, keys, stages, then what is not as usual, and the heads of a group and of the last.
+    Hopper `hopper 2x64 n128 s2 registers alternate late rescale8 out-half half overlap named g4+32`: consumers and
+    their rows, keys, stages, then what is not as usual, and the heads of a group and of the last.
     """
     match config:
         case TritonForwardConfig():
@@ -89,6 +89,7 @@ def _short_hopper(config: HopperForwardConfig) -> str:
         (config.diagonal, config.diagonal != "whole"),
         (config.tiles, config.tiles != "apart"),
         (config.loops, config.loops != "split"),
+        (config.release, config.release != "mbarrier"),
     )
     words += [word for word, is_unusual in unusual if is_unusual]
     tail = f"+{config.tail_heads}" if config.tail_heads else ""

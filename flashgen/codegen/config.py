@@ -23,11 +23,12 @@ Loops = typing.Literal["split", "single"]
 QueryGradient = typing.Literal["kernel", "atomic", "ordered"]
 Queries = typing.Literal["shared", "registers"]
 Turns = typing.Literal["free", "alternate"]
-Convert = typing.Literal["early", "late"]
+Convert = typing.Literal["early", "late", "held"]
 OutBuffer = typing.Literal["own", "half", "queries"]
 Diagonal = typing.Literal["whole", "half"]
 Tiles = typing.Literal["apart", "overlap"]
 Pack = typing.Literal["rows", "heads"]
+Release = typing.Literal["mbarrier", "named"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loads": typing.get_args(Loads),
     "loops": typing.get_args(Loops),
@@ -39,6 +40,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "diagonal": typing.get_args(Diagonal),
     "tiles": typing.get_args(Tiles),
     "pack": typing.get_args(Pack),
+    "release": typing.get_args(Release),
 }
 
 
@@ -138,7 +140,7 @@ class HopperForwardConfig(KernelConfig):
         turns: `free`, or `alternate`: consumers issue their products one after the other, so that one's softmax runs
             beside the other's products.
         convert: whether probabilities are converted before (`early`) or after (`late`) the wait for the product of
-            the step before.
+            the step before; `held` is late, and keeps the assembler from moving that wait before the exponentials.
         rescale: powers of two by which a row's maximum must grow before its output is rescaled; 0 rescales always.
             The maximum that was used stays the one used: results are exact to rounding.
         out_buffer: shared memory through which the output leaves: its `own`, one of `half` a tile, in two rounds, or
@@ -148,6 +150,8 @@ class HopperForwardConfig(KernelConfig):
             not.
         loops: `split` walks key tiles that every row sees in a loop without mask code, `single` all of them in one
             loop with a branch, which is less code: for windows of few tiles.
+        release: how consumers give back buffers of K and V: by an `mbarrier`, at which one thread arrives once the
+            warps of its consumer have met, or by a `named` barrier of the hardware, at which each warp arrives alone.
         head_group: heads whose tiles are handed out together, so that their K and V share the L2 cache; like the next,
             a run-time number that costs no compile.
         tail_heads: heads at the end that form one group, so that their longest tiles do not come last.
@@ -167,6 +171,7 @@ class HopperForwardConfig(KernelConfig):
     diagonal: Diagonal = "whole"
     tiles: Tiles = "apart"
     loops: Loops = "split"
+    release: Release = "mbarrier"
     head_group: int = 1
     tail_heads: int = 0
 

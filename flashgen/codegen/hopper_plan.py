@@ -12,6 +12,7 @@ from flashgen.codegen.config import (
     HopperForwardConfig,
     OutBuffer,
     Queries,
+    Release,
     Tiles,
     Turns,
 )
@@ -50,6 +51,7 @@ class HopperForwardPlan(KernelPlan):
     out_buffer: OutBuffer
     diagonal: Diagonal
     tiles: Tiles
+    release: Release
     one_loop: bool
     qk_tiles: tuple[HeadTile, ...]
     v_tiles: tuple[HeadTile, ...]
@@ -267,7 +269,8 @@ class HopperForwardPlan(KernelPlan):
         """The buffers of a ring, and their barriers."""
         tiles = self.v_tiles if name == "v" else self.qk_tiles
         buffers = ", ".join(f"{name}{tile.suffix}_smem" for tile in tiles)
-        return f"{buffers}, {name}_full, {name}_empty"
+        named = self.release == "named" and name != "q"
+        return f"{buffers}, {name}_full{'' if named else f', {name}_empty'}"
 
     def barriers(self, name: str) -> str:
         """A ring of which only the barriers are used."""
@@ -281,6 +284,11 @@ class HopperForwardPlan(KernelPlan):
     def out_width(self, tile: HeadTile) -> str:
         """The width in which a tile of the output is written."""
         return f"{'OUT_' if self.out_buffer == 'half' else ''}{tile.block}"
+
+    @property
+    def threads_of_release(self) -> int:
+        """How many threads a named barrier of a buffer counts: the consumers' and the producer's."""
+        return 128 * self.consumers + 32
 
     @property
     def primitives(self) -> tuple[str, ...]:
@@ -298,6 +306,8 @@ class HopperForwardPlan(KernelPlan):
         }
         names |= {"rescale_rarely"} if self.rescales_rarely else set()
         names |= {"opaque"} if self.one_loop or self.branches else set()
+        names |= {"hold"} if self.convert == "held" else set()
+        names |= {"release", "claim", "K_BUFFERS", "V_BUFFERS"} if self.release == "named" else set()
         names |= {"widen"} if self.diagonal == "half" else set()
         names |= {"turn_end", "turn_wait"} if self.turns == "alternate" else set()
         return tuple(sorted(names | ({"RAGGED"} if self.spec.varlen else set())))
@@ -384,6 +394,7 @@ def make_hopper_plan(spec: AttentionSpec, config: HopperForwardConfig) -> Hopper
         out_buffer=config.out_buffer,
         diagonal=config.diagonal,
         tiles=config.tiles,
+        release=config.release,
         one_loop=config.loops == "single" and mask.title != "full",
         qk_tiles=qk_tiles,
         v_tiles=v_tiles,

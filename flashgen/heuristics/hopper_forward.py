@@ -14,7 +14,8 @@ from flashgen.spec import AttentionSpec, Problem
 from flashgen.spec.masks import Causal, Full, PrefixLM
 from flashgen.target import GpuTarget
 
-_NARROW = 64  # head dimensions up to which three consumers have registers for their sums
+# Head dimensions up to which three consumers, or two, have registers for sums beside the scores of 128 keys.
+_NARROW, _MIDDLE = 64, 128
 _SHORT, _LONG = 1024, 4096  # keys up to which small tiles win, and from which on large ones do
 # K and V of the heads that go out together, and of those at the end, which form one group.
 _GROUP_BYTES = 8 << 20
@@ -29,6 +30,8 @@ _TWO = HopperForwardConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
 _TWO_IN_REGISTERS = dataclasses.replace(_TWO, queries="registers")
 _TWO_NARROW = dataclasses.replace(_TWO_IN_REGISTERS, block_n=64)
 _IN_TURNS = dataclasses.replace(_TWO_IN_REGISTERS, turns="alternate")
+_OVERLAPPING = dataclasses.replace(_TWO_IN_REGISTERS, convert="late", tiles="overlap")
+_OVERLAPPING_NAMED = dataclasses.replace(_OVERLAPPING, release="named")
 _THREE = dataclasses.replace(_TWO, consumers=3)
 _WIDE = dataclasses.replace(_TWO, block_n=64, convert="late", rescale=8, out_buffer="half")
 _ONES = dataclasses.replace(_TWO_NARROW, consumers=1, programs=2)
@@ -65,27 +68,55 @@ def _usual(problem: Problem) -> list[HopperForwardConfig]:
     head_dim = max(spec.head_dim_qk, spec.head_dim_v)
     if _scores_are_busy(spec):
         return _usual_of_busy_scores(problem)
-    if head_dim > 128:
-        overlapping = dataclasses.replace(_WIDE, tiles="overlap")
-        wide = [_WIDE, overlapping] if _has_diagonal(spec) else [overlapping, _WIDE]
-        half = dataclasses.replace(_TWO, out_buffer="half")
-        return [half, *wide, dataclasses.replace(_TWO_NARROW, queries="shared")]
-    overlapping = dataclasses.replace(_TWO_IN_REGISTERS, convert="late", tiles="overlap")
+    if head_dim > _MIDDLE:
+        return _usual_of_wide_heads(long_diagonal=_has_diagonal(spec) and seqlen_k >= _LONG)
     if not _has_diagonal(spec):
-        three = [dataclasses.replace(_THREE, turns="alternate")] if head_dim <= _NARROW else []
-        first = [_IN_TURNS, *three] if seqlen_k <= _SHORT else [*three, overlapping, _TWO_IN_REGISTERS]
-        return [*first, _IN_TURNS, _TWO_NARROW]
-    if head_dim <= _NARROW:
-        ones = dataclasses.replace(_ONES, programs=3)
-        halved = dataclasses.replace(_TWO_IN_REGISTERS, diagonal="half")
-        if seqlen_k <= _SHORT:
-            return [ones, dataclasses.replace(ones, queries="shared"), _IN_TURNS]
-        three = [dataclasses.replace(_THREE, tiles="overlap"), dataclasses.replace(_THREE, diagonal="half")]
-        return [*three, halved, _IN_TURNS] if seqlen_k >= _LONG else [_IN_TURNS, ones, halved]
-    single = dataclasses.replace(_TWO_IN_REGISTERS, loops="single", tiles="overlap")
-    first = [_ONES, _IN_TURNS] if seqlen_k <= _SHORT else [single, overlapping, _IN_TURNS]
+        return _usual_of_equal_tiles(head_dim, seqlen_k)
+    return _usual_of_narrow_diagonals(seqlen_k) if head_dim <= _NARROW else _usual_of_diagonals(seqlen_k)
+
+
+def _usual_of_wide_heads(*, long_diagonal: bool) -> list[HopperForwardConfig]:
+    overlapping = dataclasses.replace(_WIDE, tiles="overlap")
+    held = dataclasses.replace(overlapping, convert="held", release="named")
+    wide = [_WIDE, held, overlapping] if long_diagonal else [held, overlapping, _WIDE]
+    half = dataclasses.replace(_TWO, out_buffer="half")
+    return [half, *wide, dataclasses.replace(_TWO_NARROW, queries="shared")]
+
+
+def _usual_of_equal_tiles(head_dim: int, seqlen_k: int) -> list[HopperForwardConfig]:
+    held = dataclasses.replace(_THREE, convert="held")
+    threes = [
+        dataclasses.replace(held, turns="alternate"),
+        dataclasses.replace(_THREE, convert="late", release="named"),
+        dataclasses.replace(held, tiles="overlap"),
+    ]
+    threes = threes if head_dim <= _NARROW else []
+    if seqlen_k <= _SHORT:
+        return [_IN_TURNS, *threes[:1], _TWO_NARROW]
+    twos = [_OVERLAPPING_NAMED, dataclasses.replace(_OVERLAPPING_NAMED, convert="held"), _OVERLAPPING]
+    return [*threes, *twos, _IN_TURNS, _TWO_NARROW]
+
+
+def _usual_of_narrow_diagonals(seqlen_k: int) -> list[HopperForwardConfig]:
+    ones = dataclasses.replace(_ONES, programs=3)
+    if seqlen_k <= _SHORT:
+        return [ones, dataclasses.replace(ones, queries="shared"), _IN_TURNS]
     halved = dataclasses.replace(_TWO_IN_REGISTERS, diagonal="half")
-    return [*first, _TWO, _TWO_IN_REGISTERS, halved, _TWO_NARROW]
+    if seqlen_k < _LONG:
+        return [ones, _IN_TURNS, _OVERLAPPING_NAMED, halved]
+    three = dataclasses.replace(_THREE, tiles="overlap")
+    return [three, _OVERLAPPING_NAMED, dataclasses.replace(three, release="named"), halved, _IN_TURNS]
+
+
+def _usual_of_diagonals(seqlen_k: int) -> list[HopperForwardConfig]:
+    longer = [
+        dataclasses.replace(_TWO, convert="late", release="named"),
+        dataclasses.replace(_OVERLAPPING, convert="held"),
+        dataclasses.replace(_TWO_IN_REGISTERS, loops="single", tiles="overlap"),
+    ]
+    first = [_ONES] if seqlen_k <= _SHORT else longer
+    halved = dataclasses.replace(_TWO_IN_REGISTERS, diagonal="half")
+    return [*first, _IN_TURNS, _TWO, _TWO_IN_REGISTERS, halved, _TWO_NARROW]
 
 
 def _usual_of_busy_scores(problem: Problem) -> list[HopperForwardConfig]:

@@ -22,6 +22,12 @@ expect = mbarrier.expect
 mma_wait = warpgroup_mma_wait
 
 _WARPGROUP = gl.constexpr(128)
+_WARP = gl.constexpr(32)
+
+# Named barriers, of which a program has 16; Triton takes 0 to 4 for up to three consumers and a producer.
+K_BUFFERS = gl.constexpr(5)
+V_BUFFERS = gl.constexpr(9)
+_TURNS = gl.constexpr(13)
 
 RAGGED = gl.constexpr(2**30)
 """Where packed sequences end in their descriptors, see `flashgen.launch.ragged`."""
@@ -95,6 +101,24 @@ def number_of(numbers, i: gl.constexpr):
 
 
 @gluon.jit
+def hold(sums):
+    """Let nothing that comes later, and waits, start before these sums of positive numbers are known.
+
+    The assembler would move the wait for a product up to where its result could be used, before what was to be computed
+    beside it. It keeps barriers in order, so here is one that waits for the sums and is never executed.
+    """
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .f32 x; min.f32 x, $2, $3; setp.lt.f32 p, x, 0f00000000; @p bar.arrive 15, 128; "
+        "mov.b32 $0, 0; mov.b32 $1, 0; }",
+        "=r,=r,f,f",
+        [sums],
+        gl.int32,
+        False,
+        2,
+    )
+
+
+@gluon.jit
 def row_of(x, tile):
     """Return a value of each row as a column that broadcasts over a tile."""
     return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, tile.type.layout)), 1)
@@ -119,11 +143,33 @@ def widen(p, layout: gl.constexpr):
     return gl.convert_layout(gl.reshape(both, [p.shape[0], 2 * p.shape[1]]), layout)
 
 
+@gluon.constexpr_function
+def _named(instruction, threads):
+    return f"{instruction} $1, {threads}; mov.b32 $0, 0;"
+
+
+@gluon.jit
+def release(place, FIRST: gl.constexpr, THREADS: gl.constexpr, pred=True):
+    """Arrive at named barrier FIRST + place, each warp of a warpgroup when it comes by; none waits."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    if pred:
+        number = gl.full([_WARPGROUP], FIRST, gl.int32, layout) + place
+        gl.inline_asm_elementwise(_named("bar.arrive", THREADS), "=r,r", [number], gl.int32, False, 1)
+
+
+@gluon.jit
+def claim(place, FIRST: gl.constexpr, THREADS: gl.constexpr):
+    """Wait, as one warp, until all others have arrived at named barrier FIRST + place."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    number = gl.full([_WARP], FIRST, gl.int32, layout) + place
+    gl.inline_asm_elementwise(_named("bar.sync", THREADS), "=r,r", [number], gl.int32, False, 1)
+
+
 @gluon.jit
 def turn_wait(index):
     """Wait for this warpgroup's turn, on a named barrier of two warpgroups: one waits, the other one ends its own."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    number = gl.full([_WARPGROUP], 10, gl.int32, layout) + index
+    number = gl.full([_WARPGROUP], _TURNS, gl.int32, layout) + index
     gl.inline_asm_elementwise("bar.sync $1, 256; mov.b32 $0, 0;", "=r,r", [number], gl.int32, False, 1)
 
 
@@ -131,7 +177,7 @@ def turn_wait(index):
 def turn_end(index):
     """Give the turn to warpgroup `index`, without waiting for it."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    number = gl.full([_WARPGROUP], 10, gl.int32, layout) + index
+    number = gl.full([_WARPGROUP], _TURNS, gl.int32, layout) + index
     gl.inline_asm_elementwise("bar.arrive $1, 256; mov.b32 $0, 0;", "=r,r", [number], gl.int32, False, 1)
 
 

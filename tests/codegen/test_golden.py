@@ -107,6 +107,9 @@ HOPPER: dict[str, tuple[dict[str, typing.Any], dict[str, typing.Any]]] = {
     "causal_rescale": (
         {"mask": parse_mask("causal(align=top_left)")}, {"convert": "late", "rescale": 8, "out_buffer": "half"},
     ),
+    "causal_named": (
+        {"mask": parse_mask("causal")}, {"convert": "held", "tiles": "overlap", "release": "named"},
+    ),
     "causal_turns": ({"mask": parse_mask("causal")}, {"consumers": 3, "turns": "alternate", "tiles": "overlap"}),
     "prefix_lm": ({"mask": parse_mask("prefix_lm(100)")}, {"out_buffer": "queries"}),
     "sliding_window": ({"mask": parse_mask(MASKS["sliding_window"])}, {"queries": "registers"}),

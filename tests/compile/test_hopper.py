@@ -9,9 +9,11 @@ import pytest
 import triton
 
 from flashgen.codegen import HopperForwardConfig, render
+from flashgen.codegen.config import Release
 from flashgen.codegen.constraints import check_config
 from flashgen.codegen.hopper_constraints import shared_memory_lower_bound
 from flashgen.compile import CompiledKernel, compile_kernel
+from flashgen.primitives import hopper
 from flashgen.search_space import load_space
 from flashgen.spec import parse_problem
 from flashgen.target import named_target
@@ -27,6 +29,10 @@ KERNELS: dict[str, tuple[str, HopperForwardConfig]] = {
     ),
     "table": ("d=64 document softcap sinks bf16", dataclasses.replace(BASE, consumers=1, programs=2, block_n=64)),
     "heads": ("d=64 sliding_window(100,30) bf16 lse", dataclasses.replace(BASE, block_n=64, pack="heads")),
+    "named": (
+        "d=128 causal bf16",
+        dataclasses.replace(BASE, convert="held", release="named"),
+    ),
     "scores": (
         "d=32 causal alibi score_mod('return score * 2.0 + w[h]', w='float32[h]') bf16",
         dataclasses.replace(BASE, diagonal="half", out_buffer="queries"),
@@ -82,3 +88,27 @@ def test_seeds_for_a_diagonal_keep_their_registers() -> None:
     assert kernels
     spills = {str(config): _compile(words, config).resources.spills for config in sorted(kernels)}
     assert {config: spilt for config, spilt in spills.items() if spilt > MOST_SPILLS} == {}
+
+
+@pytest.mark.parametrize("release", ["mbarrier", "named"])
+def test_held_exponentials_are_not_after_the_wait(release: Release) -> None:
+    config = dataclasses.replace(BASE, convert="held", release=release)
+    sass = _compile("d=64 full bf16", config).entries[0].handle.asm["sass"]
+    # In the loop, what stands between the wait for the scores, which leaves one product running, and that for all.
+    beside = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", sass, re.DOTALL)
+    assert beside
+    # One for each score of a thread: 64 rows x 128 keys over 128 threads.
+    assert {text.count("MUFU.EX2") >= 64 for text in beside} == {True}
+
+
+def test_named_barriers_are_those_that_triton_leaves() -> None:
+    taken: set[int] = set()
+    for consumers in (1, 2, 3):
+        ptx = _compile("d=64 causal bf16", dataclasses.replace(BASE, consumers=consumers)).entries[0].handle.asm["ptx"]
+        # One for the threads of each role, and one for all of the program; ours are in registers.
+        taken |= set(map(int, re.findall(r"bar(?:rier)?\.sync\s+(\d+)", ptx)))
+    assert {0, 1, 2} <= taken
+    # A ring has four buffers at most.
+    first = hopper.K_BUFFERS.value
+    assert max(taken) < first
+    assert hopper.V_BUFFERS.value == first + 4

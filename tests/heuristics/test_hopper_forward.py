@@ -26,6 +26,7 @@ def first(text: str) -> HopperForwardConfig:
 _TWO = "2x64 n128 s2 registers"
 _IN_TURNS = f"{_TWO} alternate"
 _WIDE = "2x64 n64 s2 late rescale8 out-half"
+_WIDE_HELD = "2x64 n64 s2 held rescale8 out-half overlap named"
 
 
 def numbers(config: HopperForwardConfig, *names: str) -> tuple[object, ...]:
@@ -36,34 +37,35 @@ def numbers(config: HopperForwardConfig, *names: str) -> tuple[object, ...]:
     ("text", "expected"),
     [
         # The order on an H200: consumers and their rows, keys, stages, then what is not as usual; see `short_config`.
-        ("b=4 h=16 s=4096 d=128 full", [f"{_TWO} late overlap", _TWO, _IN_TURNS]),
-        ("b=4 h=16 s=4096 d=128 full alibi", [f"{_TWO} late overlap", _TWO, _IN_TURNS]),
+        ("b=4 h=16 s=4096 d=128 full", [f"{_TWO} late overlap named", f"{_TWO} held overlap named"]),
+        ("b=4 h=16 s=4096 d=128 full alibi", [f"{_TWO} late overlap named", f"{_TWO} held overlap named"]),
         ("b=16 h=16 s=1024 d=128 full", [_IN_TURNS, "2x64 n64 s2 registers"]),
         (
             "b=8 h=16 s=2048 d=128 causal",
-            [f"{_TWO} overlap single g8+32", f"{_TWO} late overlap g8+32", f"{_IN_TURNS} g8+32"],
+            ["2x64 n128 s2 late named g8+32", f"{_TWO} held overlap g8+32", f"{_TWO} overlap single g8+32"],
         ),
         (
             "b=4 h=16 s=4096 d=128 causal",
-            [f"{_TWO} overlap single g4+16", f"{_TWO} late overlap g4+16", f"{_IN_TURNS} g4+16"],
+            ["2x64 n128 s2 late named g4+16", f"{_TWO} held overlap g4+16", f"{_TWO} overlap single g4+16"],
         ),
         (
             "b=1 h=16 s=16384 d=128 causal",
-            [f"{_TWO} overlap single g4", f"{_TWO} late overlap g4", f"{_IN_TURNS} g4"],
+            ["2x64 n128 s2 late named g4", f"{_TWO} held overlap g4", f"{_TWO} overlap single g4"],
         ),
         ("b=16 h=16 s=1024 d=128 causal", ["1x64 n64 s2 p2 registers g16+64", f"{_IN_TURNS} g16+64"]),
-        ("b=4 h=32 s=4096 d=64 full", ["3x64 n128 s2 alternate g4", f"{_TWO} late overlap g4", f"{_TWO} g4"]),
+        ("b=4 h=32 s=4096 d=64 full", ["3x64 n128 s2 alternate held g4", "3x64 n128 s2 late named g4"]),
         (
             "b=4 h=32 s=4096 d=64 causal",
-            ["3x64 n128 s2 overlap g8+32", "3x64 n128 s2 half g8+32", f"{_TWO} half g8+32", f"{_IN_TURNS} g8+32"],
+            ["3x64 n128 s2 overlap g8+32", f"{_TWO} late overlap named g8+32", "3x64 n128 s2 overlap named g8+32"],
         ),
         (
             "b=8 h=32 s=2048 d=64 causal",
-            [f"{_IN_TURNS} g16+64", "1x64 n64 s2 p3 registers g16+64", f"{_TWO} half g16+64"],
+            ["1x64 n64 s2 p3 registers g16+64", f"{_IN_TURNS} g16+64", f"{_TWO} late overlap named g16+64"],
         ),
         ("b=16 h=32 s=1024 d=64 causal", ["1x64 n64 s2 p3 registers g32+128", "1x64 n64 s2 p3 g32+128"]),
-        ("b=4 h=8 s=4096 d=256 full", [f"{_WIDE} overlap", _WIDE]),
-        ("b=4 h=8 s=4096 d=256 causal", [f"{_WIDE} g4+8", f"{_WIDE} overlap g4+8"]),
+        ("b=4 h=8 s=4096 d=256 full", [_WIDE_HELD, f"{_WIDE} overlap", _WIDE]),
+        ("b=4 h=8 s=4096 d=256 causal", [f"{_WIDE} g4+8", f"{_WIDE_HELD} g4+8", f"{_WIDE} overlap g4+8"]),
+        ("b=8 h=8 s=2048 d=256 causal", [f"{_WIDE_HELD} g4+16", f"{_WIDE} overlap g4+16", f"{_WIDE} g4+16"]),
         ("b=4 h=16 s=4096 d=192 dv=128 causal", ["2x64 n128 s2 out-half g4+8", f"{_WIDE} g4+8"]),
     ],
 )

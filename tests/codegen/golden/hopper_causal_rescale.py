@@ -434,8 +434,8 @@ def attend(
     m_safe = safe_maximum(m_new)
     p_new = exponentials(qk, m_safe, qk_scale)
     alpha = gl.exp2(m_i - m_safe)
-    acc = mma_wait(0, deps=[acc])
     l_i = l_i * row_of(alpha, l_i) + own_sums(p_new, BLOCK_N)
+    acc, p_new = mma_wait(0, deps=[acc, p_new])
     p_new = gl.convert_layout(p_new.to(p.dtype), p.type.layout)
     p = p_new
     arrive(v_empty.index(before))
