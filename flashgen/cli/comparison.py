@@ -31,7 +31,7 @@ from flashgen.measure import (
 from flashgen.measure.autograd_calls import Run
 from flashgen.measure.peers import Peer
 from flashgen.ops import attention
-from flashgen.ops.call import Options, Tensors, decode_config, encode_config
+from flashgen.ops.call import NO_TENSORS, Options, decode_config, encode_config
 from flashgen.ops.cpu import INTERPRETED_AS
 from flashgen.ops.runtime import choose, operands_of, prepare
 from flashgen.ops.torch_op import forward
@@ -217,10 +217,9 @@ def _host_costs(
     tensors = {"q": q, "k": k, "v": v, "out": allocate_outputs(q, spec)[0]}
     compiled = compile_kernel(render(spec, selection.config), spec, selection.config, selection.target)
     raw = bind_forward(problem, selection.config, compiled, extras, tensors)
-    side = Tensors()
-    runner = prepare(q, k, v, side, options)
-    bound_us = host_time_us(lambda: runner(q, k, v, side))
-    body_us = host_time_us(lambda: forward(q, k, v, side, options))
+    runner = prepare(q, k, v, NO_TENSORS, options)
+    bound_us = host_time_us(lambda: runner(q, k, v, NO_TENSORS))
+    body_us = host_time_us(lambda: forward(q, k, v, NO_TENSORS, options))
     operands = Operands.of(tensors)
     config, registry = decode_config(options.config), options.registry or None
     called: dict[str, Callable[[], object]] = dict(calls)

@@ -21,7 +21,7 @@ from flashgen.ops.request import (
     arguments_of,
     autocast,
     autocast_bias,
-    combine_masks,
+    plain_mask_text,
 )
 
 
@@ -171,7 +171,7 @@ def attention(
     ):
         text = "causal" if causal else "full"
         if mask is not None or window != (-1, -1):
-            text = str(combine_masks(causal, window, mask))
+            text = plain_mask_text(causal, window, mask)
         return _plain_call(q, k, v, text, softmax_scale, layout, return_lse, deterministic, config, registry)
     check_layout(layout)
     request = Request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import types
 import typing
@@ -119,6 +120,23 @@ def combine_masks(is_causal: bool, window: tuple[int, int], mask: MaskLike | Non
     if torch.compiler.is_compiling():
         left, right = _constant(left), _constant(right)
     return combined if (left, right) == (-1, -1) else combined & sliding_window(left, right)
+
+
+def plain_mask_text(is_causal: bool, window: tuple[int, int], mask: MaskLike | None) -> str:
+    """Return the text of what `combine_masks` makes of one of `PLAIN_MASKS`, or of none; kept for the next call.
+
+    Raises:
+        InputError: as `combine_masks`.
+    """
+    known = type(window) is tuple and len(window) == 2 and type(window[0]) is int and type(window[1]) is int
+    if not known or torch.compiler.is_compiling():
+        return str(combine_masks(is_causal, window, mask))
+    return _plain_mask_text(bool(is_causal), window, mask)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain_mask_text(is_causal: bool, window: tuple[int, int], mask: MaskLike | None) -> str:
+    return str(combine_masks(is_causal, window, mask))
 
 
 def _static(mask: Mask) -> Mask:

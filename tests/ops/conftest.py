@@ -20,6 +20,7 @@ def _fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     clear_bundles()
     runtime._load_registry.cache_clear()
     torch_op._memo.clear()
+    torch_op._recent.clear()
     backward_op._memo.clear()
     cpu.say_eager.cache_clear()
     lengths._known.clear()
@@ -27,4 +28,5 @@ def _fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     yield
     clear_bundles()
     torch_op._memo.clear()
+    torch_op._recent.clear()
     backward_op._memo.clear()
