@@ -214,12 +214,9 @@ class _Bound:
         self._side = extras_need_side(extras) or not spec.mask.by_formula
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> Outputs:
-        if torch._C._cuda_getDevice() == self._index:
-            return self._run(q, k, v, tensors)
-        with torch.cuda.device(self._device):
-            return self._run(q, k, v, tensors)
-
-    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> Outputs:
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._device):
+                return self(q, k, v, tensors)
         out = self._out(q)
         lse = None if self._lse is None else self._lse(q)
         if not self._side:
