@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 import flashgen
-from flashgen.cli import bench, doctor, emit, explain, export, show, tune, verify
+from flashgen.cli import bench, doctor, emit, explain, export, registry, show, tune, verify
 from flashgen.cli import compile as compile_command
 from flashgen.cli.exits import reported
 
@@ -47,10 +47,16 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("bench", bench.bench, bench.EXAMPLE),
     ("verify", verify.verify, verify.EXAMPLE),
     ("export", export.export, export.EXAMPLE),
+    ("schema", registry.schema, registry.SCHEMA_EXAMPLE),
     ("doctor", doctor.doctor, doctor.EXAMPLE),
 )
 for _name, _command, _example in _COMMANDS:
     app.command(_name, epilog=f"Example: {_example}")(reported(_command))
+
+_registry_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+for _name, _command, _example in registry.COMMANDS:
+    _registry_app.command(_name, epilog=f"Example: {_example}")(reported(_command))
+app.add_typer(_registry_app, name="registry", help="Compare, merge, check and clean registry files.")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def show(registry: options.Registry = None, as_json: options.Json = False) -> No
             {
                 "searched": [{"label": location.label, "path": str(location.path)} for location in locations],
                 "entries": [_entry_document(located) for located in entries],
-                "skipped": [_issue_document(issue) for issue in issues],
+                "skipped": [issue_document(issue) for issue in issues],
             }
         )
         return
@@ -72,5 +72,6 @@ def _entry_document(located: Located) -> dict[str, object]:
     return {**place, **located.entry.as_dict()}
 
 
-def _issue_document(issue: FileIssue) -> dict[str, object]:
+def issue_document(issue: FileIssue) -> dict[str, object]:
+    """Return what a JSON document says of a part that was skipped."""
     return {"file": str(issue.path), "line": issue.line, "reason": issue.reason}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import typing
 
+from flashgen.registry.comparing import Difference, compare
 from flashgen.registry.contents import FileContents, FileIssue
 from flashgen.registry.entry import (
     Accuracy,
@@ -19,7 +20,7 @@ from flashgen.registry.entry import (
     RegistryEntry,
     RunnerUp,
 )
-from flashgen.registry.index import IndexedFile, load_indexed
+from flashgen.registry.index import IndexedFile, forgotten_indexes, load_indexed
 from flashgen.registry.locations import (
     BUNDLE_FOLDER,
     Location,
@@ -33,11 +34,13 @@ from flashgen.registry.registry import Located, Registry, load
 
 if typing.TYPE_CHECKING:
     from flashgen.registry.bundle import export_bundle
-    from flashgen.registry.files import file_name, read_file, write_entries
+    from flashgen.registry.files import file_name, read_file, remove_entries, write_entries
+    from flashgen.registry.schema import json_schema
 
 __all__ = [
     "BUNDLE_FOLDER",
     "Accuracy",
+    "Difference",
     "FileContents",
     "FileIssue",
     "IndexedFile",
@@ -52,13 +55,17 @@ __all__ = [
     "RegistryEntry",
     "RunnerUp",
     "clear_bundles",
+    "compare",
     "export_bundle",
     "file_name",
+    "forgotten_indexes",
     "generation",
+    "json_schema",
     "load",
     "load_indexed",
     "merge",
     "read_file",
+    "remove_entries",
     "search_locations",
     "use_bundle",
     "write_entries",
@@ -67,7 +74,9 @@ __all__ = [
 _NEEDS_YAML = {
     "export_bundle": "flashgen.registry.bundle",
     "file_name": "flashgen.registry.files",
+    "json_schema": "flashgen.registry.schema",
     "read_file": "flashgen.registry.files",
+    "remove_entries": "flashgen.registry.files",
     "write_entries": "flashgen.registry.files",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -70,19 +71,51 @@ def write_entries(folder: Path, entries: typing.Iterable[RegistryEntry]) -> tupl
     return tuple(paths)
 
 
+def remove_entries(path: Path, unwanted: typing.Callable[[RegistryEntry], bool]) -> tuple[RegistryEntry, ...]:
+    """Take entries out of the registry file at `path`, and return them; a file that none is left in is removed.
+
+    As safe as `write_entries`.
+
+    Raises:
+        RegistryError: if the file is damaged or foreign (it is left alone), stays locked, or cannot be written.
+    """
+    removed: tuple[RegistryEntry, ...] = ()
+    with _locked(path):
+        entries = _trusted_entries(path)
+        removed = tuple(entry for entry in entries if unwanted(entry))
+        kept = tuple(entry for entry in entries if entry not in removed)
+        if removed and kept:
+            _replace(path, kept)
+        elif removed:
+            path.unlink()
+    if removed:
+        entries_changed()
+    return removed
+
+
 def _update(path: Path, new: list[RegistryEntry]) -> None:
+    with _locked(path):
+        merged = merge(_trusted_entries(path), new)
+        _check_one_device(path, merged)
+        _replace(path, merged)
+
+
+def _replace(path: Path, entries: tuple[RegistryEntry, ...]) -> None:
+    data = dump(entries)
+    readable(path, data, entries)
+    # An unchanged file keeps its time stamp, and so its index.
+    if not path.exists() or path.read_bytes() != data:
+        replace_file(path, data)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> typing.Iterator[None]:
     # Hidden, because it stays: a lock file that is removed can be held twice.
     lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(lock, timeout=LOCK_TIMEOUT_S):
-            merged = merge(_trusted_entries(path), new)
-            _check_one_device(path, merged)
-            data = dump(merged)
-            readable(path, data, merged)
-            # An unchanged file keeps its time stamp, and so its index.
-            if not path.exists() or path.read_bytes() != data:
-                replace_file(path, data)
+            yield
     except filelock.Timeout as error:
         raise RegistryError(
             f"{path}: another process has held {lock.name} for {LOCK_TIMEOUT_S:g} s; wait for it or stop it"

@@ -123,6 +123,20 @@ def index_path(path: Path) -> Path:
     return resources.cache_dir() / INDEX_FOLDER / f"{name}.jsonl"
 
 
+def forgotten_indexes() -> tuple[Path, ...]:
+    """Return the indexes whose registry file is gone, and what lies among them and is no index."""
+    folder = resources.cache_dir() / INDEX_FOLDER
+    return tuple(path for path in sorted(folder.glob("*.jsonl")) if not _has_file(path))
+
+
+def _has_file(index: Path) -> bool:
+    try:
+        with index.open("rb") as file:
+            return Path(json.loads(file.readline())["path"]).exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _read_blocks(path: Path, stamp: list[int] | None) -> dict[str, Block] | None:
     # A first line with version, stamp, and length and checksum of the rows of each spec; then the rows. Anything odd
     # means that there is no index.

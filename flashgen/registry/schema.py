@@ -146,6 +146,20 @@ class EntryModel(_Model):
     digest: Text
 
 
+class FileModel(HeaderModel):
+    """A registry file of flashgen: the tuned attention kernels of one GPU and phase."""
+
+    entries: typing.Annotated[list[EntryModel], pydantic.Field(max_length=MAX_ENTRIES)]
+
+
+def json_schema() -> dict[str, object]:
+    """Return what a registry file must look like as a JSON schema (draft 2020-12), YAML read as JSON.
+
+    What no schema can say is checked beside it: digests, texts that must be a mask, a config that a template has.
+    """
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **FileModel.model_json_schema()}
+
+
 def read_header(content: object) -> HeaderModel:
     """Return the validated head of a file, given every top-level field but `entries`.
 

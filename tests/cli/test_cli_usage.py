@@ -25,7 +25,7 @@ from flashgen.errors import (
 from flashgen.integrations import load_presets
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("tune", "show", "explain", "emit", "compile", "bench", "verify", "export", "doctor")
+COMMANDS = ("tune", "show", "explain", "emit", "compile", "bench", "verify", "export", "schema", "doctor")
 SHAPE = "b=1 h=2 s=128 d=64 fp16"
 
 
@@ -56,7 +56,7 @@ def test_help_teaches_by_example(run: typing.Any, command: str) -> None:
     assert f"Example: flashgen {command}" in result.stdout
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("show", "doctor")])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("show", "schema", "doctor")])
 def test_help_names_every_preset(run: typing.Any, command: str) -> None:
     words = " ".join(run(command, "--help").stdout.split())
     listed = words.partition("--preset NAME A named list of problems: ")[2].partition(". ")[0]
@@ -67,7 +67,8 @@ def test_help_names_every_preset(run: typing.Any, command: str) -> None:
 
 def test_lists_every_command(run: typing.Any) -> None:
     listed = run("--help").stdout.split("Commands:")[1]
-    assert [line.split()[0] for line in listed.splitlines()[1 : len(COMMANDS) + 1]] == list(COMMANDS)
+    words = [line.split()[0] for line in listed.splitlines()[1 : len(COMMANDS) + 2]]
+    assert words == [*COMMANDS, "registry"]
 
 
 def test_version(run: typing.Any) -> None:
