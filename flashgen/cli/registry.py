@@ -14,13 +14,13 @@ from flashgen.cli import options
 from flashgen.cli.configs import short_config
 from flashgen.cli.exits import FAILED
 from flashgen.cli.output import note, print_json, print_table
-from flashgen.cli.show import issue_document
-from flashgen.codegen import is_current
+from flashgen.cli.show import is_stale, issue_document
 from flashgen.errors import InputError
 from flashgen.registry import (
     Difference,
     FileContents,
     FileIssue,
+    Location,
     RegistryEntry,
     compare,
     forgotten_indexes,
@@ -127,7 +127,7 @@ def gc(
     contents = {file: read_file(file) for file in (_files([folder]) if path or folder.exists() else ())}
     issues = [issue for each in contents.values() for issue in each.issues]
     sound = [file for file, each in contents.items() if not each.issues]
-    removed = {file: _stale(contents[file].entries) if dry_run else remove_entries(file, _is_stale) for file in sound}
+    removed = {file: _stale(contents[file].entries) if dry_run else remove_entries(file, is_stale) for file in sound}
     indexes = forgotten_indexes()
     if not dry_run:
         for index in indexes:
@@ -180,7 +180,7 @@ def _files(paths: Sequence[Path]) -> tuple[Path, ...]:
     """
     found: dict[Path, None] = {}
     for path in paths:
-        files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        files = Location(path=path, label="argument").files()
         if not path.exists() or not files:
             what = "no *.yaml in this folder" if path.exists() else "no such file or folder"
             raise InputError(f"{path}: {what}; name a registry file or a folder of them")
@@ -193,12 +193,8 @@ def _searched_files() -> tuple[Path, ...]:
     return tuple(dict.fromkeys(path for location in existing for path in location.files()))
 
 
-def _is_stale(entry: RegistryEntry) -> bool:
-    return not is_current(entry.spec, entry.config, entry.provenance.template_digest)
-
-
 def _stale(entries: Sequence[RegistryEntry]) -> tuple[RegistryEntry, ...]:
-    return tuple(filter(_is_stale, entries))
+    return tuple(filter(is_stale, entries))
 
 
 def _fail_for(issues: Sequence[FileIssue]) -> None:

@@ -62,9 +62,13 @@ def _row(located: Located) -> tuple[str, ...]:
     )
 
 
+def is_stale(entry: RegistryEntry) -> bool:
+    """Return whether an entry was measured on a template that has changed since."""
+    return not is_current(entry.spec, entry.config, entry.provenance.template_digest)
+
+
 def _state(entry: RegistryEntry) -> str:
-    current = is_current(entry.spec, entry.config, entry.provenance.template_digest)
-    return "current" if current else "stale"
+    return "stale" if is_stale(entry) else "current"
 
 
 def _entry_document(located: Located) -> dict[str, object]:

@@ -15,7 +15,7 @@ ROWS_OF_CONSUMER = 64
 _REGISTERS_OF_HOPPER = 65536  # of a multiprocessor
 _PRODUCER_REGISTERS = 24  # of a thread: what setmaxnreg allows at least
 _MAX_CONSUMER_REGISTERS = 240
-_THREADS_OF_WARPGROUP = 128
+THREADS_OF_WARPGROUP = 128
 
 Scalar = int | str
 Loads = typing.Literal["pointer", "descriptor"]
@@ -195,7 +195,7 @@ class HopperForwardConfig(KernelConfig):
     @property
     def _registers_at_start(self) -> int:
         # The producer, one warp, takes a warpgroup's share.
-        threads = self.programs * (self.consumers + 1) * _THREADS_OF_WARPGROUP
+        threads = self.programs * (self.consumers + 1) * THREADS_OF_WARPGROUP
         return min(_REGISTERS_OF_HOPPER // threads // 8 * 8, _MAX_CONSUMER_REGISTERS)
 
     @property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from flashgen.codegen.config import Diagonal, OutBuffer, Release
+from flashgen.codegen.config import THREADS_OF_WARPGROUP, Diagonal, OutBuffer, Release
 from flashgen.codegen.head_tiles import HeadTile
 from flashgen.codegen.kernel_plan import KernelPlan
 
-_THREADS_OF_CONSUMER, _THREADS_OF_PRODUCER = 128, 32
+_THREADS_OF_PRODUCER = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ class HopperNames(KernelPlan):
     @property
     def threads_of_release(self) -> int:
         """How many threads a named barrier of a buffer counts: the consumers' and the producer's."""
-        return _THREADS_OF_CONSUMER * self.consumers + _THREADS_OF_PRODUCER
+        return THREADS_OF_WARPGROUP * self.consumers + _THREADS_OF_PRODUCER
 
     @property
     def accumulators(self) -> str:

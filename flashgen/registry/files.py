@@ -79,11 +79,11 @@ def remove_entries(path: Path, unwanted: typing.Callable[[RegistryEntry], bool])
     Raises:
         RegistryError: if the file is damaged or foreign (it is left alone), stays locked, or cannot be written.
     """
-    removed: tuple[RegistryEntry, ...] = ()
     with _locked(path):
         entries = _trusted_entries(path)
         removed = tuple(entry for entry in entries if unwanted(entry))
-        kept = tuple(entry for entry in entries if entry not in removed)
+        gone = {entry.key() for entry in removed}
+        kept = tuple(entry for entry in entries if entry.key() not in gone)
         if removed and kept:
             _replace(path, kept)
         elif removed:
