@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+from flashgen.launch.own_memory import outside_pools
 
 # By device and stream; never let go, as a launch that is still queued may use one.
 _counters: dict[tuple[int, int], torch.Tensor] = {}
@@ -22,12 +26,11 @@ def tile_counter(device: int, stream: int) -> torch.Tensor:
         device: index of the current device.
         stream: handle of its current stream.
     """
-    capturing = torch.cuda.is_current_stream_capturing()
-    counter = None if capturing else _counters.get((device, stream))
+    if torch.cuda.is_current_stream_capturing() or stream == _PER_THREAD_STREAM:
+        return _zeros(device)
+    counter = _counters.get((device, stream))
     if counter is None:
-        counter = _zeros(device)
-        if not capturing and stream != _PER_THREAD_STREAM:
-            _counters[device, stream] = counter
+        counter = _counters[device, stream] = outside_pools(functools.partial(_zeros, device), device)
     return counter
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import typing
 
 import torch
@@ -19,6 +20,7 @@ from flashgen.compile import load_kernel
 from flashgen.errors import FlashgenError
 from flashgen.launch.interpreted import run_interpreted
 from flashgen.launch.operands import as_read
+from flashgen.launch.own_memory import outside_pools
 from flashgen.spec import Extras, Problem
 
 _KEPT = 64
@@ -92,7 +94,9 @@ def tile_table(
     )  # fmt: skip
     found = _tables.get(key)
     if found is None:
-        found = _build(problem, rendered, tiles, extras, device), sources
+        build = functools.partial(_build, problem, rendered, tiles, extras, device)
+        # Kept, and so of no pool that others may empty.
+        found = build() if device.type == "cpu" else outside_pools(build, device), sources
         _tables[key] = found
         if len(_tables) > _KEPT:
             _tables.popitem(last=False)

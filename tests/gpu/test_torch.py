@@ -133,7 +133,7 @@ def test_cuda_graphs_of_the_compiler() -> None:
 def test_opcheck() -> None:
     rest = (*[None] * 11, [], 0, 0, "causal", "", 0.125, 0.0, 0.0)
     for layout in ("bhsd", "bshd"):
-        arguments = (*inputs(seqlen=40, layout=layout), *rest, layout, True, "", "")
+        arguments = (*inputs(seqlen=40, layout=layout), *rest, layout, True, False, "", "")
         torch.library.opcheck(torch.ops.flashgen.attention_forward.default, arguments)
 
 
