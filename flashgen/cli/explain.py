@@ -27,8 +27,8 @@ def explain(
 ) -> None:
     """Say which kernel a problem would get, and why.
 
-    From which entry it comes, how far that is from what was measured, and why not the others. Exit code 3 if nothing is
-    tuned for one of the problems.
+    From which entry it comes, how far that is from what was measured, how fast it was there, which config came second,
+    and why not the others. Exit code 3 if nothing is tuned for one of the problems.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     selections = select_all(problems, resolve_target(device, target), load_registry(registry))

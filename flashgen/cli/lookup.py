@@ -59,5 +59,14 @@ def selection_document(selection: Selection) -> dict[str, object]:
         "differences": list(selection.differences),
         "file": str(selection.path) if selection.path else None,
         "entry": selection.entry.as_dict() if selection.entry else None,
+        "spread_us": selection.entry.performance.spread_us if selection.entry else None,
+        "runner_up": _runner_up_document(selection),
         "refused": [{"candidate": r.candidate, "reason": r.reason} for r in selection.refused],
     }
+
+
+def _runner_up_document(selection: Selection) -> dict[str, object] | None:
+    second = selection.runner_up
+    if second is None:
+        return None
+    return {"config": second.config.as_dict(), "median_us": second.median_us, "ratio": selection.runner_up_ratio}

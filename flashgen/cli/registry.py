@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +125,8 @@ def gc(
     are left alone, with exit code 1.
     """
     folder = path or resources.user_registry_dir()
-    contents = {file: read_file(file) for file in (_files([folder]) if path or folder.exists() else ())}
+    found = _files([folder]) if path or os.path.exists(folder) else ()
+    contents = {file: read_file(file) for file in found}
     issues = [issue for each in contents.values() for issue in each.issues]
     sound = [file for file, each in contents.items() if not each.issues]
     removed = {file: _stale(contents[file].entries) if dry_run else remove_entries(file, is_stale) for file in sound}
@@ -180,16 +182,17 @@ def _files(paths: Sequence[Path]) -> tuple[Path, ...]:
     """
     found: dict[Path, None] = {}
     for path in paths:
-        files = Location(path=path, label="argument").files()
-        if not path.exists() or not files:
-            what = "no *.yaml in this folder" if path.exists() else "no such file or folder"
+        location = Location(path=path, label="argument")
+        files = location.files()
+        if not location.exists() or not files:
+            what = "no *.yaml in this folder" if location.exists() else "no such file or folder"
             raise InputError(f"{path}: {what}; name a registry file or a folder of them")
         found |= dict.fromkeys(files)
     return tuple(found)
 
 
 def _searched_files() -> tuple[Path, ...]:
-    existing = (location for location in search_locations() if location.path.exists())
+    existing = (location for location in search_locations() if location.exists())
     return tuple(dict.fromkeys(path for location in existing for path in location.files()))
 
 

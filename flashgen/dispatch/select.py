@@ -13,7 +13,7 @@ from flashgen.dispatch.features import feature_gap, shown_spec
 from flashgen.dispatch.selection import RUNGS, Refusal, Rung, Selection
 from flashgen.errors import ConfigError, NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
-from flashgen.registry import Located, Registry, RegistryEntry
+from flashgen.registry import Located, Registry, RegistryEntry, shown_path
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget, Software
 
@@ -233,7 +233,7 @@ def _untuned_candidates(problem: Problem, target: GpuTarget) -> list[_Candidate]
 
 
 def _label(located: Located) -> str:
-    return f"{located.path.name} [{located.entry.range}, {located.entry.device_name}]"
+    return f"{shown_path(Path(located.path.name))} [{located.entry.range}, {located.entry.device_name}]"
 
 
 def _first(reasons: tuple[str, ...]) -> str | None:

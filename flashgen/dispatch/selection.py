@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from pathlib import Path
 
 from flashgen.codegen import KernelConfig
-from flashgen.registry import Origin, RegistryEntry
+from flashgen.registry import Origin, Performance, RegistryEntry, RunnerUp, shown_path
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
 
@@ -80,6 +81,19 @@ class Selection:
         """`measured` or `predicted` for a registry entry, None for anything else."""
         return self.entry.origin if self.entry else None
 
+    @property
+    def runner_up(self) -> RunnerUp | None:
+        """The config that came second where the entry was measured, or None."""
+        return self.entry.runners_up[0] if self.entry and self.entry.runners_up else None
+
+    @property
+    def runner_up_ratio(self) -> float | None:
+        """The time of the runner-up over the winner's; below 1 where both tied and the choice went by other marks."""
+        if self.entry is None or self.runner_up is None or not self.entry.performance.median_us:
+            return None
+        ratio = self.runner_up.median_us / self.entry.performance.median_us
+        return ratio if math.isfinite(ratio) else None
+
     def __str__(self) -> str:
         lines = [
             f"problem   {self.problem}",
@@ -90,14 +104,24 @@ class Selection:
         if self.entry:
             performance = self.entry.performance
             lines += [
-                f"entry     {self.path}, digest {self.entry.digest()}",
+                f"entry     {shown_path(self.path) if self.path else None}, digest {self.entry.digest()}",
                 f"measured  {self.entry.range}, distance {self.distance:.2f}",
-                f"{'timed' if self.origin == 'measured' else 'predicted':9} {performance.median_us:g} us, "
-                f"{self.entry.tflops_text} TFLOP/s" + _baseline(performance.baseline, performance.baseline_us),
+                f"{'timed' if self.origin == 'measured' else 'predicted':9} {performance.median_us:g} us"
+                f"{_interval(performance)}, {self.entry.tflops_text} TFLOP/s"
+                + _baseline(performance.baseline, performance.baseline_us),
             ]
+            if runner_up := self.runner_up:
+                ratio = f", {self.runner_up_ratio:.3f}x the time" if self.runner_up_ratio else ""
+                lines.append(f"runner-up {runner_up.config}: {runner_up.median_us:g} us{ratio}")
         lines += [f"differs   {difference}" for difference in self.differences]
         lines += [f"refused   {refusal}" for refusal in self.refused]
         return "\n".join(lines)
+
+
+def _interval(performance: Performance) -> str:
+    if not performance.spread:
+        return ""
+    return f", middle half within {performance.spread_us:g} us ({100 * performance.spread:.2g}%)"
 
 
 def _baseline(name: str, us: float | None) -> str:

@@ -9,7 +9,7 @@ import importlib
 import typing
 
 from flashgen.registry.comparing import Difference, compare
-from flashgen.registry.contents import FileContents, FileIssue
+from flashgen.registry.contents import FileContents, FileIssue, shown_path
 from flashgen.registry.entry import (
     Accuracy,
     Interval,
@@ -30,7 +30,7 @@ from flashgen.registry.locations import (
     use_bundle,
 )
 from flashgen.registry.merging import merge
-from flashgen.registry.registry import Located, Registry, load
+from flashgen.registry.registry import FileDigest, Located, Registry, load
 
 if typing.TYPE_CHECKING:
     from flashgen.registry.bundle import export_bundle
@@ -42,6 +42,7 @@ __all__ = [
     "Accuracy",
     "Difference",
     "FileContents",
+    "FileDigest",
     "FileIssue",
     "IndexedFile",
     "Interval",
@@ -67,6 +68,7 @@ __all__ = [
     "read_file",
     "remove_entries",
     "search_locations",
+    "shown_path",
     "use_bundle",
     "write_entries",
 ]

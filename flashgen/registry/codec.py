@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 
-from flashgen.codegen.config import config_from_dict
+from flashgen.codegen.config import KernelConfig, config_from_dict
 from flashgen.codegen.kernel_resources import KernelResources
 from flashgen.errors import InputError
 from flashgen.registry.entry import (
@@ -37,29 +38,55 @@ def entry_from_dict(content: Plain) -> RegistryEntry:
         arch=content["arch"],
         spec=_spec(content["phase"], content["spec"]),
         range=MeasuredRange(**{name: Interval(lo=lo, hi=hi) for name, (lo, hi) in content["range"].items()}),
-        config=config_from_dict(content["config"]),
+        config=_config(content["config"]),
         origin=content["origin"],
         resources=KernelResources(**content["resources"]),
         performance=Performance(**content["performance"]),
         accuracy=Accuracy(**content["accuracy"]),
         runners_up=tuple(
-            RunnerUp(config=config_from_dict(item["config"]), median_us=item["median_us"])
-            for item in content["runners_up"]
+            RunnerUp(config=_config(item["config"]), median_us=item["median_us"]) for item in content["runners_up"]
         ),
         provenance=Provenance(**content["provenance"]),
     )
 
 
+def _config(fields: Plain) -> KernelConfig:
+    # With the types: to a dictionary 1, 1.0 and True are the same.
+    return _config_of(tuple(fields.items()), tuple(map(type, fields.values())))
+
+
+# The same configs do well at many sizes, and each is checked field by field.
+@functools.lru_cache(maxsize=1024)
+def _config_of(fields: tuple[tuple[str, typing.Any], ...], types: tuple[type, ...]) -> KernelConfig:
+    return config_from_dict(dict(fields))
+
+
 def _spec(phase: typing.Any, fields: Plain) -> AttentionSpec:
+    sizes = fields["head_dim_qk"], fields["head_dim_v"]
+    texts = fields["mask"], fields.get("score_mod"), tuple(fields.get("features", ()))
+    return _spec_of(phase, fields["dtype"], *sizes, *texts)
+
+
+# Entries of one spec follow each other, and its mask may hold a function, which takes a while to read.
+@functools.lru_cache(maxsize=64, typed=True)
+def _spec_of(
+    phase: typing.Any,
+    dtype: str,
+    head_dim_qk: int,
+    head_dim_v: int,
+    mask: str,
+    score_mod: str | None,
+    features: tuple[str, ...],
+) -> AttentionSpec:
     spec = AttentionSpec(
         phase=phase,
-        dtype=parse_dtype(fields["dtype"]),
-        head_dim_qk=fields["head_dim_qk"],
-        head_dim_v=fields["head_dim_v"],
-        mask=parse_mask(fields["mask"]),
-        score_mod=_score_mod(fields["score_mod"]) if "score_mod" in fields else None,
+        dtype=parse_dtype(dtype),
+        head_dim_qk=head_dim_qk,
+        head_dim_v=head_dim_v,
+        mask=parse_mask(mask),
+        score_mod=None if score_mod is None else _score_mod(score_mod),
     )
-    return with_features(spec, fields.get("features", ()))
+    return with_features(spec, features)
 
 
 def _score_mod(text: str) -> ModFunction:

@@ -95,6 +95,11 @@ class Performance:
     def __post_init__(self) -> None:
         _round_fields(self, "median_us", "spread", "tflops", "baseline_us")
 
+    @property
+    def spread_us(self) -> float:
+        """The interval that the middle half of the timings lies in, from end to end, in us; 0 if there was one only."""
+        return float(f"{self.spread * self.median_us:.{SIGNIFICANT_DIGITS}g}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accuracy:

@@ -42,8 +42,8 @@ def read_file(path: Path) -> FileContents:
             return _unreadable(path, "not a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        return _unreadable(path, f"cannot be read: {error.strerror or error}")
+    except (OSError, ValueError) as error:
+        return _unreadable(path, f"cannot be read: {getattr(error, 'strerror', None) or error}")
     return parse(path, data)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import typing
 import zlib
 from pathlib import Path
@@ -20,8 +21,12 @@ from flashgen.registry.contents import FileContents, FileIssue
 from flashgen.registry.entry import RegistryEntry
 from flashgen.spec import AttentionSpec
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 INDEX_FOLDER = "registry-index"
+MAX_INDEX_BYTES = 64 * 2**20
+
+# What odd bytes make of decoding: JSON may be nested deeper than the stack, and any value may be of any type.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 Groups = dict[str, tuple[RegistryEntry, ...]]
 Block = tuple[memoryview, int]
@@ -61,15 +66,32 @@ class IndexedFile:
         # Groups are decoded in any order, and a failed decoding empties the blocks: hence both, and only now.
         return tuple(entry for key in self._blocks or self._groups for entry in self._groups[key])
 
+    def is_empty(self) -> bool:
+        """Return whether there is no entry."""
+        return not (self._blocks or self._groups)
+
+    def digest(self) -> str:
+        """Return 16 hex digits that equal entries share, whichever file they stand in; decodes none of an index."""
+        if not all(zlib.crc32(rows) == checksum for rows, checksum in self._blocks.values()):
+            self._read_yaml()
+        rows = [block for block, _ in self._blocks.values()] or map(_encode, self._groups.values())
+        content = hashlib.sha256()
+        for group in rows:
+            content.update(group)
+        return content.hexdigest()[:16]
+
     def _group(self, key: str) -> tuple[RegistryEntry, ...]:
         if key not in self._groups and key in self._blocks:
             try:
                 self._groups[key] = _decode(*self._blocks[key])
-            except (KeyError, TypeError, ValueError):
+            except _DAMAGE:
                 # A damaged index, or one by a flashgen whose entries looked different: the YAML file decides.
-                contents = _parse_yaml(self.path)
-                self.issues, self._groups, self._blocks = contents.issues, _grouped(contents.entries), {}
+                self._read_yaml()
         return self._groups.get(key, ())
+
+    def _read_yaml(self) -> None:
+        contents = _parse_yaml(self.path)
+        self.issues, self._groups, self._blocks = contents.issues, _grouped(contents.entries), {}
 
 
 def load_indexed(path: Path) -> IndexedFile:
@@ -112,7 +134,7 @@ def _stamp(path: Path) -> list[int] | None:
     # The inode tells two replacements within one tick of the clock apart.
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
@@ -131,21 +153,34 @@ def forgotten_indexes() -> tuple[Path, ...]:
 
 def _has_file(index: Path) -> bool:
     try:
-        with index.open("rb") as file:
-            return Path(json.loads(file.readline())["path"]).exists()
-    except (OSError, ValueError, KeyError, TypeError):
+        return os.path.exists(_header(_content(index))[0]["path"])
+    except (OSError, *_DAMAGE):
         return False
 
 
+def _content(index: Path) -> bytes:
+    status = index.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_INDEX_BYTES:
+        raise ValueError("no index")
+    return index.read_bytes()
+
+
+def _header(data: bytes) -> tuple[typing.Any, int]:
+    """Return the first line, and where the rows begin; of a line that is not as it was written, nothing is believed."""
+    start = data.index(b"\n") + 1
+    if int(data[:8], 16) != zlib.crc32(data[8:start]):
+        raise ValueError("checksum")
+    return json.loads(data[8:start]), start
+
+
 def _read_blocks(path: Path, stamp: list[int] | None) -> dict[str, Block] | None:
-    # A first line with version, stamp, and length and checksum of the rows of each spec; then the rows. Anything odd
-    # means that there is no index.
+    # A first line with its checksum, version, stamp, and length and checksum of the rows of each spec; then the rows.
+    # Anything odd means that there is no index. Checksums are against damage: the cache is the user's own.
     if stamp is None:
         return None
     try:
-        data = index_path(path).read_bytes()
-        start = data.index(b"\n") + 1
-        header = json.loads(data[:start])
+        data = _content(index_path(path))
+        header, start = _header(data)
         if [header[name] for name in ("version", "path", "stamp")] != [INDEX_VERSION, os.path.abspath(path), stamp]:
             return None
         blocks = {}
@@ -153,7 +188,7 @@ def _read_blocks(path: Path, stamp: list[int] | None) -> dict[str, Block] | None
             blocks[key] = (memoryview(data)[start : start + length], checksum)
             start += length
         return blocks if start == len(data) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, *_DAMAGE):
         return None
 
 
@@ -163,11 +198,12 @@ def _decode(rows: memoryview, checksum: int) -> tuple[RegistryEntry, ...]:
     return tuple(entry_from_dict(json.loads(row)) for row in bytes(rows).splitlines())
 
 
+def _encode(group: typing.Iterable[RegistryEntry]) -> bytes:
+    return "".join(json.dumps(entry.as_dict(), separators=(",", ":")) + "\n" for entry in group).encode()
+
+
 def _write_blocks(path: Path, stamp: list[int], entries: typing.Iterable[RegistryEntry]) -> None:
-    blocks = {
-        key: "".join(json.dumps(entry.as_dict(), separators=(",", ":")) + "\n" for entry in group).encode()
-        for key, group in _grouped(entries).items()
-    }
+    blocks = {key: _encode(group) for key, group in _grouped(entries).items()}
     header = {
         "version": INDEX_VERSION,
         "path": os.path.abspath(path),
@@ -178,4 +214,5 @@ def _write_blocks(path: Path, stamp: list[int], entries: typing.Iterable[Registr
     with contextlib.suppress(OSError):
         target = index_path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(target, b"\n".join([json.dumps(header).encode(), b"".join(blocks.values())]))
+        first = json.dumps(header).encode() + b"\n"
+        replace_file(target, b"".join([b"%08x" % zlib.crc32(first), first, *blocks.values()]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import typing
 from pathlib import Path
@@ -23,9 +24,13 @@ class Location:
     path: Path
     label: Label
 
+    def exists(self) -> bool:
+        """Return whether there is anything at the path; what may not be looked into does not exist."""
+        return os.path.exists(self.path)
+
     def files(self) -> tuple[Path, ...]:
         """Return the files to read: those of the folder by name, or the path itself if it is no folder."""
-        return _yaml_files(self.path) if self.path.is_dir() else (self.path,)
+        return _yaml_files(self.path) if os.path.isdir(self.path) else (self.path,)
 
 
 @dataclasses.dataclass

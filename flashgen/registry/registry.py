@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
 import typing
 from pathlib import Path
 
@@ -25,6 +27,19 @@ class Located:
     path: Path
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """What tells the contents of one file of a registry from those of another.
+
+    Attributes:
+        digest: equal for equal entries, wherever the file lies.
+    """
+
+    path: Path
+    label: Label
+    digest: str
+
+
 class Registry:
     """The entries of several files, in search order; made by `load`."""
 
@@ -38,6 +53,20 @@ class Registry:
     def issues(self) -> tuple[FileIssue, ...]:
         """What was skipped, and why."""
         return self._issues + tuple(issue for _, file in self._files for issue in file.issues)
+
+    def file_digests(self) -> tuple[FileDigest, ...]:
+        """Return the digest of each file that holds entries, in search order, without what repeats an earlier one."""
+        found: dict[str, FileDigest] = {}
+        for location, file in self._files:
+            digest = file.digest()
+            if not file.is_empty():
+                found.setdefault(digest, FileDigest(path=file.path, label=location.label, digest=digest))
+        return tuple(found.values())
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that registries share which give every question the same answer; decodes no index."""
+        text = " ".join(file.digest for file in self.file_digests())
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def entries(self) -> tuple[Located, ...]:
         """Return every entry, in search order; decodes them all."""
@@ -74,15 +103,16 @@ def load(locations: typing.Iterable[Location]) -> Registry:
     """
     files: list[tuple[Location, IndexedFile]] = []
     issues: list[FileIssue] = []
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for location in locations:
-        if not location.path.exists():
+        if not location.exists():
             if location.label in _NAMED:
                 reason = f"no such file or folder (searched as {location.label})"
                 issues.append(FileIssue(path=location.path, line=None, reason=reason))
             continue
         for path in location.files():
-            real = path.resolve()
+            # Of links that lead in a circle too, unlike `Path.resolve`.
+            real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
                 files.append((location, load_indexed(path)))

@@ -8,6 +8,7 @@ import pydantic
 
 from flashgen.errors import ConfigError, InputError, RegistryError
 from flashgen.registry.codec import entry_from_dict
+from flashgen.registry.contents import shortened
 from flashgen.registry.entry import Origin, RegistryEntry, digest_of
 from flashgen.spec import Phase
 
@@ -30,7 +31,9 @@ class EntryError(RegistryError):
     """
 
     def __init__(self, reason: str, where: tuple[int | str, ...] = ()) -> None:
-        super().__init__(": ".join([*(".".join(map(str, where)),) * bool(where), reason]))
+        # A name may be anything that a file holds.
+        place = ".".join(str(step)[:MAX_TEXT] for step in where)
+        super().__init__(f"{place}: {reason}" if where else reason)
         self.where = where
         self.reason = reason
 
@@ -45,7 +48,8 @@ def _printable(text: str) -> str:
 Text = typing.Annotated[str, pydantic.Field(min_length=1, max_length=MAX_TEXT), pydantic.AfterValidator(_printable)]
 Code = typing.Annotated[str, pydantic.Field(min_length=1, max_length=MAX_CODE), pydantic.AfterValidator(_printable)]
 Count = typing.Annotated[int, pydantic.Field(ge=0, lt=2**63)]
-Number = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+# Far beyond any measurement, and far from where sums and ratios of two become infinite.
+Number = typing.Annotated[float, pydantic.Field(ge=0, le=1e30, allow_inf_nan=False)]
 Bounds = typing.Annotated[list[Count], pydantic.Field(min_length=2, max_length=2)]
 ConfigModel = typing.Annotated[dict[Text, Count | Text], pydantic.Field(max_length=MAX_CONFIG_FIELDS)]
 
@@ -169,7 +173,7 @@ def read_header(content: object) -> HeaderModel:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT or isinstance(found, bool):
         raise EntryError(
-            f"not a registry file of format {FORMAT}: format is {_shortened(found)}; "
+            f"not a registry file of format {FORMAT}: format is {shortened(found)}; "
             "another version of flashgen may read it",
             ("format",),
         )
@@ -192,7 +196,7 @@ def read_entry(header: HeaderModel, content: object) -> RegistryEntry:
     try:
         return entry_from_dict(body)
     except (InputError, ConfigError) as error:
-        raise EntryError(_one_line(str(error))) from error
+        raise EntryError(str(error)) from error
 
 
 _ModelT = typing.TypeVar("_ModelT", bound=_Model)
@@ -203,15 +207,5 @@ def _validate(model: type[_ModelT], content: object) -> _ModelT:
         return model.model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        got = "" if first["type"] == "missing" else f", got {_shortened(first['input'])}"
+        got = "" if first["type"] == "missing" else f", got {shortened(first['input'])}"
         raise EntryError(f"{first['msg']}{got}", first["loc"]) from None
-
-
-def _one_line(text: str) -> str:
-    # An error about a mask's function quotes it over several lines, with what its escapes stand for.
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _shortened(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import flashgen
 from flashgen.cli.configs import parse_config, short_config
 from flashgen.codegen import config_from_dict, render
-from flashgen.registry import RegistryEntry, load, search_locations, write_entries
+from flashgen.registry import RegistryEntry, RunnerUp, load, search_locations, write_entries
 from flashgen.spec import parse_problem
 
 TUNED = "b=1 hq=2 hkv=1 s=1024 d=64 causal fp16"
@@ -55,11 +56,24 @@ def test_explain_names_the_entry(run: typing.Any, tuned: Path) -> None:
     assert str(tuned) in result.stdout
 
 
+def test_explain_tells_the_interval_and_the_runner_up(run: typing.Any, tmp_path: Path, entry: RegistryEntry) -> None:
+    second = RunnerUp(config=dataclasses.replace(entry.config, num_stages=1), median_us=21.0)
+    write_entries(tmp_path / "tuned", [dataclasses.replace(entry, runners_up=(second,))])
+    arguments = ("explain", "--shape", TUNED, "--target", "H200", "--registry", tmp_path / "tuned")
+    text = run(*arguments).stdout
+    assert "timed     20 us, middle half within 0.2 us (1%), " in text
+    assert f"runner-up {second.config}: 21 us, 1.050x the time" in text
+    (selection,) = json.loads(run(*arguments, "--json").stdout)["selections"]
+    assert selection["spread_us"] == 0.2
+    assert selection["runner_up"] == {"config": second.config.as_dict(), "median_us": 21.0, "ratio": 1.05}
+
+
 def test_explain_without_entries_is_exit_3(run: typing.Any) -> None:
     result = run("explain", "--shape", TUNED, "--target", "H200", "--json")
     assert result.exit_code == 3
     (selection,) = json.loads(result.stdout)["selections"]
     assert selection["rung"] == "heuristic"
+    assert selection["spread_us"] is selection["runner_up"] is None
     assert selection["problem"] == str(parse_problem(TUNED))
 
 

@@ -14,7 +14,7 @@ from flashgen.codegen.constraints import check_config, interpreter_refusal
 from flashgen.dispatch import RUNGS, is_stale, select
 from flashgen.errors import ConfigError, NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
-from flashgen.registry import Registry, RegistryEntry
+from flashgen.registry import Registry, RegistryEntry, RunnerUp
 from flashgen.spec import AttentionSpec, parse_problem
 from flashgen.target import Software, named_target
 
@@ -428,6 +428,39 @@ def test_selection_explains_itself(make_entry: MakeEntry, make_registry: MakeReg
         "cudnn 550 us", "distance 2.00", "sq=8192", "compiled for sm_100",
     ):  # fmt: skip
         assert part in text
+
+
+def test_selection_says_how_sure_the_winner_is_and_what_came_second(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    second = config(1)
+    runners_up = tuple(
+        RunnerUp(config=dataclasses.replace(second, num_warps=w), median_us=u) for w, u in ((8, 506), (4, 530))
+    )
+    selection = select(
+        PROBLEM,
+        H200,
+        registry=make_registry(dataclasses.replace(make_entry(), runners_up=runners_up)),
+        software=software,
+    )
+    assert selection.runner_up == runners_up[0]
+    assert selection.runner_up_ratio == pytest.approx(1.012)
+    lines = str(selection).splitlines()
+    assert "timed     500 us, middle half within 5 us (1%), 600 TFLOP/s (cudnn 550 us beside it)" in lines
+    assert f"runner-up {second}: 506 us, 1.012x the time" in lines
+
+
+def test_an_entry_without_runners_up_and_spread_claims_neither(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
+) -> None:
+    entry = make_entry()
+    entry = dataclasses.replace(entry, performance=dataclasses.replace(entry.performance, spread=0.0))
+    selection = select(PROBLEM, H200, registry=make_registry(entry), software=software)
+    assert (selection.entry, selection.runner_up, selection.runner_up_ratio) == (entry, None, None)
+    assert "timed     500 us, 600 TFLOP/s" in str(selection)
+    assert "runner-up" not in str(selection)
+    untuned = select(PROBLEM, H200, registry=EMPTY, software=software)
+    assert (untuned.runner_up, untuned.runner_up_ratio) == (None, None)
 
 
 def test_the_same_question_has_the_same_answer(

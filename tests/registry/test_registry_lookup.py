@@ -3,8 +3,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from flashgen import resources
 from flashgen.errors import RegistryError
 from flashgen.registry import (
     Location,
+    Registry,
     clear_bundles,
     export_bundle,
     generation,
@@ -30,6 +33,13 @@ NAME = "nvidia_h200.forward.yaml"
 
 def _refuse_yaml(path: Path) -> None:
     raise AssertionError(f"{path} was parsed though its index is fresh")
+
+
+def signed(data: bytes, change: Callable[[object], object]) -> bytes:
+    """Return an index whose header is changed by somebody who knows how its checksum is made."""
+    head, rows = data.split(b"\n", 1)
+    line = json.dumps(change(json.loads(head[8:]))).encode() + b"\n"
+    return b"%08x" % index.zlib.crc32(line) + line + rows
 
 
 def test_index_hit_gives_the_same_entries_without_parsing(tmp_path, make_entry, monkeypatch) -> None:
@@ -79,10 +89,18 @@ def test_index_follows_an_edit_of_the_file(tmp_path, make_entry) -> None:
         lambda data: b"\xff\x00garbage",
         lambda data: data[:-10],
         lambda data: data.replace(b'"num_warps":8', b'"num_warps":4'),
-        lambda data: data.replace(b'"version": 2', b'"version": 99'),
-        lambda data: b"[1, 2]\n" + data.split(b"\n", 1)[1],
+        lambda data: data.replace(b'"version": 3', b'"version": 9'),
+        lambda data: signed(data, lambda head: head | {"version": 99}),
+        lambda data: signed(data, lambda head: [1, 2]),
+        lambda data: signed(data, lambda head: head | {"blocks": {"key": 5}}),
+        lambda data: data.replace(b"forward bf16", b"forward fp16"),
+        lambda data: b"[" * 200_000 + data,
+        lambda data: b"%08x" % index.zlib.crc32(b"[" * 200_000 + b"\n") + b"[" * 200_000 + b"\n",
     ],
-    ids=["empty", "binary", "truncated", "flipped", "other version", "not a header"],
+    ids=[
+        *("empty", "binary", "truncated", "flipped", "flipped version", "other version", "not a header", "no block"),
+        *("other spec", "deep", "deep and signed"),
+    ],
 )
 def test_corrupt_index_counts_as_none(damage, tmp_path, make_entry) -> None:
     (path,) = write_entries(tmp_path / "r", [make_entry(128), make_entry(256)])
@@ -94,15 +112,39 @@ def test_corrupt_index_counts_as_none(damage, tmp_path, make_entry) -> None:
     assert load_indexed(path).entries() == expected
 
 
+@pytest.mark.parametrize(
+    "row", [b"[1]\n", b'{"device": 1}\n', b"[" * 200_000 + b"\n", b"9" * 5000 + b"\n", b"\xff\n"], ids=range(5)
+)
+def test_rows_of_any_kind_fall_back_to_yaml(row, tmp_path, make_entry) -> None:
+    (path,) = write_entries(tmp_path / "r", [make_entry()])
+    expected = load_indexed(path).entries()
+    kept = index.index_path(path)
+    head, _ = kept.read_bytes().split(b"\n", 1)
+    blocks = {key: [len(row), index.zlib.crc32(row)] for key in json.loads(head[8:])["blocks"]}
+    kept.write_bytes(signed(head + b"\n", lambda head: head | {"blocks": blocks}) + row)
+    assert load_indexed(path).entries() == expected
+
+
+def test_what_is_no_file_is_no_index(tmp_path, make_entry) -> None:
+    (path,) = write_entries(tmp_path / "r", [make_entry()])
+    kept = index.index_path(path)
+    kept.parent.mkdir(parents=True)
+    os.mkfifo(kept)
+    assert len(load_indexed(path).entries()) == 1
+    kept.unlink()
+    kept.mkdir()
+    assert len(load_indexed(path).entries()) == 1
+    assert index.forgotten_indexes() == (kept,)
+
+
 def test_index_of_another_code_version_falls_back_to_yaml(tmp_path, make_entry) -> None:
     (path,) = write_entries(tmp_path / "r", [make_entry()])
     expected = load_indexed(path).entries()
     kept = index.index_path(path)
     head, rows = kept.read_bytes().split(b"\n", 1)
     rows = rows.replace(b'"spills"', b'"spilled"')
-    header = json.loads(head)
-    header["blocks"] = {key: [len(rows), index.zlib.crc32(rows)] for key in header["blocks"]}
-    kept.write_bytes(json.dumps(header).encode() + b"\n" + rows)
+    blocks = {key: [len(rows), index.zlib.crc32(rows)] for key in json.loads(head[8:])["blocks"]}
+    kept.write_bytes(signed(head + b"\n", lambda head: head | {"blocks": blocks}) + rows)
     assert load_indexed(path).entries() == expected
 
 
@@ -225,3 +267,73 @@ def test_writing_entries_makes_earlier_lookups_stale(tmp_path, make_entry) -> No
     before = generation()
     write_entries(tmp_path, [make_entry()])
     assert generation() > before
+
+
+def _load(*paths: Path) -> Registry:
+    return load([Location(path=path, label="argument") for path in paths])
+
+
+def test_fingerprint_tells_contents_and_not_places(tmp_path, make_entry) -> None:
+    write_entries(tmp_path / "a", [make_entry(128), make_entry(256)])
+    write_entries(tmp_path / "b" / "c", [make_entry(256), make_entry(128)])
+    write_entries(tmp_path / "d", [make_entry(128), make_entry(256, median_us=99.0)])
+    (tmp_path / "empty").mkdir()
+    assert re.fullmatch("[0-9a-f]{16}", _load(tmp_path / "a").fingerprint())
+    for _ in range(2):  # parsed, then from the index
+        same = _load(tmp_path / "a").fingerprint()
+        assert _load(tmp_path / "b" / "c").fingerprint() == same
+        # What repeats an earlier file, or holds nothing, is never consulted.
+        assert _load(tmp_path / "empty", tmp_path / "a", tmp_path / "b" / "c").fingerprint() == same
+        assert _load(tmp_path / "d").fingerprint() != same
+        both = _load(tmp_path / "a", tmp_path / "d").fingerprint()
+        assert len({same, both, _load(tmp_path / "d", tmp_path / "a").fingerprint()}) == 3
+    assert _load().fingerprint() == _load(tmp_path / "empty").fingerprint()
+
+
+def test_fingerprint_decodes_no_index_and_does_not_believe_a_damaged_one(tmp_path, make_entry, monkeypatch) -> None:
+    (path,) = write_entries(tmp_path, [make_entry(128), make_entry(256, head_dim=64)])
+    parsed = _load(path).fingerprint()
+    with monkeypatch.context() as patched:
+        patched.setattr(index, "_parse_yaml", _refuse_yaml)
+        patched.setattr(index, "entry_from_dict", _refuse_yaml)
+        assert _load(path).fingerprint() == parsed
+    kept = index.index_path(path)
+    kept.write_bytes(kept.read_bytes().replace(b'"num_warps":8', b'"num_warps":4', 1))
+    registry = _load(path)
+    assert registry.fingerprint() == parsed
+    assert len(registry.entries()) == 2
+    # A lookup that has decoded a part changes nothing.
+    registry = _load(path)
+    registry.candidates(make_entry().spec)
+    assert registry.fingerprint() == parsed
+
+
+def test_only_files_that_hold_entries_have_a_digest(tmp_path, make_entry) -> None:
+    (path,) = write_entries(tmp_path, [make_entry()])
+    (tmp_path / "broken.yaml").write_text("format: 1")
+    (told,) = _load(tmp_path).file_digests()
+    assert (told.path, told.label) == (path, "argument")
+
+
+def test_odd_places_are_issues_and_nothing_is_raised(tmp_path, make_entry) -> None:
+    folder = tmp_path / "r"
+    write_entries(folder, [make_entry()])
+    (folder / "circle.yaml").symlink_to("circle.yaml")
+    (folder / "nowhere.yaml").symlink_to(tmp_path / "absent")
+    (folder / "folder.yaml").mkdir()
+    os.mkfifo(folder / "pipe.yaml")
+    (folder / "evil\x1b[31m\n.yaml").write_text("no")
+    registry = _load(folder, tmp_path / "a\0b", tmp_path / ("x" * 5000), folder / "circle.yaml")
+    assert len(registry.entries()) == 1
+    assert len(registry.file_digests()) == 1
+    assert sorted(issue.path.name[:5] for issue in registry.issues) == [
+        *("a\0b", "circl", "circl", "evil\x1b", "folde", "nowhe", "pipe.", "xxxxx")
+    ]
+    assert all(str(issue).isprintable() for issue in registry.issues)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="os.geteuid() == 0: no folder is closed to root")
+def test_a_closed_folder_is_an_issue(tmp_path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    assert [issue.path for issue in _load(closed / "r").issues] == [closed / "r"]
