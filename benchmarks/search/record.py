@@ -84,7 +84,7 @@ class Recording:
         """Compile, measure, time the fastest again, and write the tables."""
         groups: dict[KernelConfig, list[KernelConfig]] = {}
         for config in self._configs:
-            groups.setdefault(_binary_of(config), []).append(config)
+            groups.setdefault(config.kernel(), []).append(config)
         dead = self._resume()
         print(f"{len(self._configs)} configs of {len(groups)} binaries, {len(self._rows)} rows known", flush=True)
         with self._journal.open("a") as journal:
@@ -220,7 +220,7 @@ class Recording:
     def _call(self, problem: Problem, config: KernelConfig) -> typing.Callable[[], object]:
         case = self._case(problem)
         bind = bind_backward if problem.spec.phase == "backward" else bind_forward
-        return bind(problem, config, self._kernels(_binary_of(config)), case.extras, case.tensors)
+        return bind(problem, config, self._kernels(config.kernel()), case.extras, case.tensors)
 
     def _kernels(self, binary: KernelConfig) -> CompiledKernel:
         found = self._kept.get(binary)
@@ -252,14 +252,8 @@ class Recording:
                 else:
                     config = config_from_dict(told["config"])
                     self._rows[told["problem"], config] = Row(**told["row"])
-                    launched.discard((told["problem"], _binary_of(config)))
+                    launched.discard((told["problem"], config.kernel()))
         return launched
-
-
-def _binary_of(config: KernelConfig) -> KernelConfig:
-    """Return the config with its launch numbers at rest: configs that agree in this share their machine code."""
-    numbers = {name: value for name, value in (("head_group", 1), ("tail_heads", 0)) if name in config.as_dict()}
-    return dataclasses.replace(config, **numbers)
 
 
 def _with_new_kernels(binaries: Sequence[KernelConfig]) -> Iterator[KernelConfig]:

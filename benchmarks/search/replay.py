@@ -27,12 +27,12 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from table import Table, load_table
 
-from flashgen.codegen import KernelConfig
+from flashgen.codegen import KernelConfig, config_from_dict
 from flashgen.errors import FlashgenError
 from flashgen.target import named_target
 from flashgen.tuning.choices import find_choices
 from flashgen.tuning.effort import Effort
-from flashgen.tuning.sampler import ConfigSpace, UntriedNeighbourSampler, suggest_config
+from flashgen.tuning.sampler import UntriedNeighbourSampler, suggest_config
 from flashgen.tuning.study import FAILED_US
 
 HERE = Path(__file__).parent
@@ -115,7 +115,7 @@ def _flashgen(table: Table, count: int, seed: int, *, seeded: bool = True) -> It
         seeds = find_choices(table.problem, named_target(table.device), effort).seeds
         # A table may be of one template alone.
         seeds = tuple(config for config in seeds if config in table.rows)
-    spread = max(count - len(seeds), 0) // 2
+    spread = effort.spread(len(seeds))
     sampler = UntriedNeighbourSampler(list(table.rows), seeds=seeds, seed=seed, n_quasi_random=spread)
     study = _study(sampler)
     while sampler.remaining(study):
@@ -132,18 +132,26 @@ def _random(table: Table, count: int, seed: int) -> Iterator[KernelConfig]:
 
 
 def _stock(make: Callable[[int], BaseSampler], table: Table, count: int, seed: int) -> Iterator[KernelConfig | None]:
-    space = ConfigSpace.of(table.rows)
+    # As one writes it in Optuna: the template, then its numbers; which go together, a sampler has to find out.
+    values: dict[str, dict[str, list[int | str]]] = {}
+    for config in table.rows:
+        own = values.setdefault(config.template, {})
+        for name, value in config.as_dict().items():
+            own.setdefault(name, [])
+            if value not in own[name]:
+                own[name].append(value)
     study = _study(make(seed))
     while True:
         trial = study.ask()
-        numbers = {name: trial.suggest_categorical(name, values) for name, values in space.choices.items()}
-        config: KernelConfig | None
+        template = trial.suggest_categorical("template", list(values))
+        numbers = {name: trial.suggest_categorical(f"{template} {name}", v) for name, v in values[template].items()}
+        proposed: KernelConfig | None
         try:
-            config = space.config(typing.cast("dict[str, int | str]", numbers))
+            proposed = config_from_dict(typing.cast("dict[str, int | str]", numbers))
         except FlashgenError:
-            config = None
-        yield config
-        study.tell(trial, _told(table, config))
+            proposed = None
+        yield proposed
+        study.tell(trial, _told(table, proposed))
 
 
 SAMPLERS: dict[str, Search] = {

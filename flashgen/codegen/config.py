@@ -44,6 +44,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+# Numbers of the launch alone.
+_AT_REST = {"head_group": 1, "tail_heads": 0}
+Config = typing.TypeVar("Config", bound="KernelConfig")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
     """What Triton is told of one kernel beside its arguments; see `KernelConfig`."""
@@ -83,6 +88,11 @@ class KernelConfig:
     def launch_options(self, entry_point: str) -> LaunchOptions:
         """Return the launch options of one kernel of the rendered module."""
         return LaunchOptions(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.maxnreg)
+
+    def kernel(self: Config) -> Config:
+        """Return the config with what only a launch reads at rest: configs equal in it share machine code."""
+        numbers = {name: value for name, value in _AT_REST.items() if hasattr(self, name)}
+        return dataclasses.replace(self, **numbers)
 
     def as_dict(self) -> dict[str, Scalar]:
         """Return the template name and every number, in the order they are written to YAML."""

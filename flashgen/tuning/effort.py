@@ -9,6 +9,8 @@ import typing
 from flashgen.errors import InputError
 
 _SEEDS_SHARE = 2 / 3
+# To compile, check and time one config, where a list of them is raced.
+_SECONDS_OF_ONE = 5.0
 
 EffortName = typing.Literal["check", "quick", "full"]
 
@@ -35,6 +37,15 @@ class Effort:
     def seeds(self) -> int:
         """How many configs are given to try at most; the rest of the trials is the search's own."""
         return self.trials if self.seeds_only else math.ceil(_SEEDS_SHARE * self.trials)
+
+    def spread(self, seeds: int) -> int:
+        """Return how many points spread over the space follow so many seeds; the rest are neighbours of the best."""
+        return max(self.trials - seeds, 0) // 4
+
+    def for_all_of(self, configs: int) -> Effort:
+        """Return the effort of trying so many given configs and no other, all of which go to the final comparison."""
+        seconds = max(self.seconds, configs * _SECONDS_OF_ONE)
+        return dataclasses.replace(self, trials=configs, finalists=configs, seconds=seconds, seeds_only=True)
 
 
 EFFORTS: dict[EffortName, Effort] = {

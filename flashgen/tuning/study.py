@@ -101,7 +101,7 @@ class ProblemStudy:
             InputError: if one is not what `tell` wrote.
         """
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return tuple(_tried_from(trial.number, trial.user_attrs) for trial in trials)
+        return tuple(tried_from(trial.number, trial.user_attrs) for trial in trials)
 
     def remaining(self) -> int:
         """Return how many legal configs are untried."""
@@ -192,7 +192,8 @@ def _varied(problem: Problem, configs: typing.Sequence[KernelConfig]) -> list[Ke
 
     There are hundreds of structures, and each takes time to digest; code that changes does so in one of these.
     """
-    different = {make_plan(problem.spec, config): config for config in reversed(configs)}
+    kernels = dict.fromkeys(config.kernel() for config in configs)
+    different = {make_plan(problem.spec, config): config for config in reversed(kernels)}
     seen: set[tuple[tuple[str, Scalar], ...]] = set()
     kept: list[KernelConfig] = []
     for config in different.values():
@@ -217,7 +218,12 @@ def _attributes(tried: Tried) -> dict[str, object]:
     return attributes
 
 
-def _tried_from(number: int, user_attrs: typing.Mapping[str, typing.Any]) -> Tried:
+def tried_from(number: int, user_attrs: typing.Mapping[str, typing.Any]) -> Tried:
+    """Return a trial as it was told, from its attributes.
+
+    Raises:
+        InputError: if they are not what `ProblemStudy.tell` wrote.
+    """
     with _refusing_damage():
         attributes = json.loads(user_attrs["flashgen"])
         resources = attributes["resources"]
