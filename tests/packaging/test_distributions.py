@@ -27,7 +27,12 @@ assert load_presets()
 
 def data_files() -> list[str]:
     """Return every file that is no Python but must ship, relative to the checkout."""
-    patterns = {"templates": "*.jinja", "search_spaces": "*.yaml", "flashgen/tuned": "*.yaml"}
+    patterns = {
+        "templates": "*.jinja",
+        "search_spaces": "*.yaml",
+        "flashgen/tuned": "*.yaml",
+        "flashgen/report": "*.jinja",
+    }
     found = {folder: sorted((ROOT / folder).rglob(pattern)) for folder, pattern in patterns.items()}
     assert all(found.values()), found
     files = [path.relative_to(ROOT).as_posix() for paths in found.values() for path in paths]
