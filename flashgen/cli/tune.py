@@ -31,6 +31,15 @@ Study = typing.Annotated[
 Workers = typing.Annotated[
     int | None, typer.Option("--workers", metavar="N", min=1, help="Compiling processes; default: by the CPU's cores.")
 ]
+Portfolio = typing.Annotated[
+    int | None,
+    typer.Option(
+        "--portfolio",
+        metavar="K",
+        min=1,
+        help="Serve all problems of one spec with at most K kernels, K for each spec; default: each has its own.",
+    ),
+]
 Seed = typing.Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the search.")]
 
 Folder = typing.Annotated[
@@ -51,6 +60,7 @@ def tune(
     budget: Budget = None,
     study: Study = None,
     workers: Workers = None,
+    portfolio: Portfolio = None,
     seed: Seed = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -59,6 +69,10 @@ def tune(
     Every candidate is compiled, checked against float64 and timed; Ctrl-C keeps the best so far, and the same command
     goes on. Without a GPU a model ranks the candidates, and the entries are marked as predicted. A training step
     (--phase forward,backward) is fastest where each phase is: they share no kernel, so each is searched on its own.
+
+    With --portfolio K, the best of every problem are raced on all problems of its spec, and the K kernels with the
+    smallest worst loss are chosen to serve them; the report says whether each stays within 2% of its own best, and how
+    many kernels that takes.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     budget_s = None if budget is None else parse_seconds(budget)
@@ -78,6 +92,7 @@ def tune(
             registry=registry,
             study=study,
             workers=workers,
+            portfolio=portfolio,
             observer=observer,
         )
     if as_json:

@@ -9,7 +9,8 @@ from flashgen.cli.configs import short_config
 from flashgen.cli.output import note, print_table, ratio
 from flashgen.cli.problems import training_steps
 from flashgen.measure import Rejected
-from flashgen.tuning.events import ProblemResult, TuneReport
+from flashgen.tuning.events import PortfolioResult, ProblemResult, ServedProblem, TuneReport
+from flashgen.tuning.portfolio import LOSS_LIMIT
 
 
 def print_report(report: TuneReport) -> None:
@@ -22,6 +23,8 @@ def print_report(report: TuneReport) -> None:
     if steps:
         rows = [(step.problem, f"{step.us:g}", _beside(step.baselines, step.us)) for step in steps]
         print_table(("training step", "us", "beside"), rows, numeric=("us",))
+    for portfolio in report.portfolios:
+        _print_portfolio(portfolio)
     for result in report.results:
         if result.note:
             note(f"{result.problem}: {result.note}")
@@ -56,6 +59,28 @@ def _row(result: ProblemResult) -> tuple[str, ...]:
 
 def _beside(baselines: dict[str, float], us: float) -> str:
     return ", ".join(f"{name} {beside:.1f} us {ratio(beside, us)}" for name, beside in baselines.items()) or "-"
+
+
+def _print_portfolio(portfolio: PortfolioResult) -> None:
+    numeric = ("kernel", "us", "best us", "loss")
+    rows = [_served_row(served) for served in portfolio.problems]
+    print_table(
+        (f"portfolio of {len(portfolio.kernels)}: problem", "kernel", "config", *numeric[1:]), rows, numeric=numeric
+    )
+    limit = f"{LOSS_LIMIT:.0%}"
+    reached = f"every problem is within {limit} of its best" if portfolio.within(LOSS_LIMIT) else f"{limit} not reached"
+    print(f"{portfolio.spec}: {reached}; {limit} takes {portfolio.needed} kernel(s), {portfolio.asked} allowed")
+    for served in portfolio.problems:
+        if served.note:
+            note(f"portfolio, {served.problem}: {served.note}")
+
+
+def _served_row(served: ServedProblem) -> tuple[str, ...]:
+    us = f"{served.entry.performance.median_us:g}"
+    number, loss = "its own", "-"
+    if served.kernel is not None and served.loss is not None:
+        number, loss = str(served.kernel + 1), f"{100 * served.loss:.1f}%"
+    return (str(served.problem), number, short_config(served.entry.config), us, f"{served.best_us:.4g}", loss)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +118,7 @@ def trials_text(result: ProblemResult) -> str:
 
 def report_document(report: TuneReport) -> dict[str, object]:
     """Return a report as plain values for JSON."""
+    portfolios = [_portfolio_document(portfolio) for portfolio in report.portfolios]
     return {
         "device": report.target.device_name,
         "arch": report.target.arch,
@@ -102,6 +128,29 @@ def report_document(report: TuneReport) -> dict[str, object]:
         "wall_s": round(report.wall_s, 1),
         "results": [_result_document(result) for result in report.results],
         "training_steps": [step.document() for step in _training_steps(report)],
+        **({"portfolios": portfolios} if portfolios else {}),
+    }
+
+
+def _portfolio_document(portfolio: PortfolioResult) -> dict[str, object]:
+    return {
+        "spec": str(portfolio.spec),
+        "asked": portfolio.asked,
+        "loss_limit": LOSS_LIMIT,
+        "reached": portfolio.within(LOSS_LIMIT),
+        "needed": portfolio.needed,
+        "kernels": [config.as_dict() for config in portfolio.kernels],
+        "problems": [
+            {
+                "problem": str(served.problem),
+                "kernel": served.kernel,
+                "best_us": served.best_us,
+                "loss": served.loss,
+                "entry": served.entry.as_dict(),
+                "note": served.note,
+            }
+            for served in portfolio.problems
+        ],
     }
 
 

@@ -22,21 +22,21 @@ _SHOWN = 8
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[Observer]:
-    """Give an observer that shows a run until the block ends."""
+def watching(verb: str = "tuning") -> Iterator[Observer]:
+    """Give an observer that shows a run, what it does called `verb`, until the block ends."""
     screen = console(stderr=True)
     if not screen.is_terminal:
-        yield LineObserver()
+        yield LineObserver(verb)
         return
-    observer = LiveObserver(screen)
+    observer = LiveObserver(screen, verb)
     with observer.live:
         yield observer
 
 
-def headline(target: GpuTarget, problems: int, study: str, gpu: bool) -> str:
+def headline(verb: str, target: GpuTarget, problems: int, study: str, gpu: bool) -> str:
     """Return what a run is about to do, in one line."""
     how = "" if gpu else "; no GPU in use: a model ranks the candidates, entries are marked predicted"
-    return f"tuning {problems} problem(s) for {target}; trials in {study}{how}"
+    return f"{verb} {problems} problem(s) for {target}; trials in {study}{how}"
 
 
 def summary(result: ProblemResult) -> str:
@@ -50,13 +50,14 @@ def summary(result: ProblemResult) -> str:
 class LineObserver(SilentObserver):
     """Prints a line for each problem and for each stage that ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, verb: str = "tuning") -> None:
+        self._verb = verb
         self._problems = 0
         self._stage = ""
 
     def run_started(self, target: GpuTarget, problems: int, study: str, gpu: bool) -> None:
         self._problems = problems
-        note(headline(target, problems, study, gpu))
+        note(headline(self._verb, target, problems, study, gpu))
 
     def problem_started(self, index: int, problem: Problem, planned_trials: int, resumed_trials: int) -> None:
         resumed = f", {resumed_trials} of them from an earlier run" if resumed_trials else ""
@@ -75,8 +76,9 @@ class LineObserver(SilentObserver):
 class LiveObserver:
     """Keeps the best candidates so far and the progress on the screen."""
 
-    def __init__(self, screen: Console) -> None:
+    def __init__(self, screen: Console, verb: str = "tuning") -> None:
         self._screen = screen
+        self._verb = verb
         self._problems = 0
         self._problem: Problem | None = None
         self._best: list[tuple[float, TrialRecord]] = []
@@ -92,7 +94,7 @@ class LiveObserver:
 
     def run_started(self, target: GpuTarget, problems: int, study: str, gpu: bool) -> None:
         self._problems = problems
-        self._screen.print(headline(target, problems, study, gpu))
+        self._screen.print(headline(self._verb, target, problems, study, gpu))
 
     def problem_started(self, index: int, problem: Problem, planned_trials: int, resumed_trials: int) -> None:
         self._problem, self._best = problem, []

@@ -17,19 +17,36 @@ if typing.TYPE_CHECKING:
     from flashgen.tuning.events import SilentObserver as SilentObserver
     from flashgen.tuning.events import TrialRecord as TrialRecord
     from flashgen.tuning.events import TuneReport as TuneReport
+    from flashgen.tuning.retuning import Reraced as Reraced
+    from flashgen.tuning.retuning import RetuneReport as RetuneReport
+    from flashgen.tuning.retuning import retune as retune
     from flashgen.tuning.session import tune as tune
 
 _HOME = {
     "EFFORTS": "flashgen.tuning.effort",
     "Observer": "flashgen.tuning.events",
     "ProblemResult": "flashgen.tuning.events",
+    "Reraced": "flashgen.tuning.retuning",
+    "RetuneReport": "flashgen.tuning.retuning",
     "SilentObserver": "flashgen.tuning.events",
     "TrialRecord": "flashgen.tuning.events",
     "TuneReport": "flashgen.tuning.events",
+    "retune": "flashgen.tuning.retuning",
     "tune": "flashgen.tuning.session",
 }
 
-__all__ = ["EFFORTS", "Observer", "ProblemResult", "SilentObserver", "TrialRecord", "TuneReport", "tune"]
+__all__ = [
+    "EFFORTS",
+    "Observer",
+    "ProblemResult",
+    "Reraced",
+    "RetuneReport",
+    "SilentObserver",
+    "TrialRecord",
+    "TuneReport",
+    "retune",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> typing.Any:

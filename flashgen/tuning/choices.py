@@ -70,6 +70,31 @@ def find_choices(
     )
 
 
+def kept_choices(problem: Problem, target: GpuTarget, kept: typing.Iterable[KernelConfig]) -> Choices:
+    """Return the choice among configs of earlier searches that are legal today, and what would run untuned.
+
+    Args:
+        problem: what is computed.
+        target: on which GPU.
+        kept: the configs, the most promising first: they are tried in this order.
+
+    Raises:
+        NoKernelError: if none of them is legal; the message says why the first is not.
+    """
+    reasons = {config: _reasons(config, problem, target) for config in kept}
+    legal = [config for config in reasons if not reasons[config]]
+    if not legal:
+        first = next(iter(reasons))
+        raise NoKernelError(
+            f"none of {len(reasons)} kept configs is legal any more; the first, {first}: {'; '.join(reasons[first])}"
+        )
+    default = _default_configs(problem, target)[0]
+    seeds = tuple(dict.fromkeys((*legal, default)))
+    # Sorted: whoever was faster the last time, it is the same study.
+    configs = sorted(seeds, key=lambda config: (config.template, config))
+    return Choices(configs=tuple(configs), seeds=seeds, default=default)
+
+
 def _fitting(configs: typing.Iterable[KernelConfig], problem: Problem) -> typing.Iterator[KernelConfig]:
     """Return those of configs that are legal for the spec which can compute the problem's shape, too."""
     return (config for config in configs if not shape_refusal(config, problem.shape))
@@ -95,8 +120,7 @@ def _default_configs(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     found: list[KernelConfig] = []
     refused: list[str] = []
     for config in default_configs(problem, target):
-        shape = shape_refusal(config, problem.shape)
-        reasons = (*check_config(config, problem.spec, target), *((shape,) if shape else ()))
+        reasons = _reasons(config, problem, target)
         if reasons:
             refused.append(f"{config}: {'; '.join(reasons)}")
         else:
@@ -104,6 +128,12 @@ def _default_configs(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     if not found:
         raise NoKernelError(f"no config is legal for {problem} on {target}: {' | '.join(refused)}")
     return found
+
+
+def _reasons(config: KernelConfig, problem: Problem, target: GpuTarget) -> tuple[str, ...]:
+    """Return every reason why a config cannot compute a problem."""
+    shape = shape_refusal(config, problem.shape)
+    return (*check_config(config, problem.spec, target), *((shape,) if shape else ()))
 
 
 def _guesses(default: KernelConfig, others: typing.Sequence[KernelConfig]) -> list[KernelConfig]:

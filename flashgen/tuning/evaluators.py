@@ -15,6 +15,9 @@ from flashgen.spec import Problem
 from flashgen.tuning.study import Tried
 from flashgen.tuning.workers import WorkerFailure
 
+USUAL_FINALISTS = 10
+"""How many configs a final comparison has at most, but where all of a given list go there."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Final:
@@ -39,7 +42,7 @@ class Evaluator(typing.Protocol):
     Attributes:
         origin: what entries say of their numbers.
         timing: how the numbers come about.
-        reserve_s: about how long `final` and `confirm` take.
+        reserve_s: about how long `final` with up to `USUAL_FINALISTS`, and `confirm`, take.
     """
 
     origin: Origin
@@ -78,6 +81,11 @@ class Evaluator(typing.Protocol):
 
     def close(self) -> None:
         """Stop at once."""
+
+
+def times_longer(finalists: int) -> float:
+    """Return how many times as long as usual so many finalists take."""
+    return max(1.0, finalists / USUAL_FINALISTS)
 
 
 def failure_reason(failure: WorkerFailure) -> str:

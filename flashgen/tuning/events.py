@@ -9,7 +9,7 @@ from pathlib import Path
 from flashgen.codegen import KernelConfig, KernelResources
 from flashgen.measure import Rejected, Timing
 from flashgen.registry import RegistryEntry
-from flashgen.spec import Problem
+from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 
 
@@ -58,6 +58,51 @@ class ProblemResult:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedProblem:
+    """A problem of a portfolio.
+
+    Attributes:
+        problem: which.
+        entry: as it stands in the registry: with a kernel of the portfolio or, where none is legal, its own winner.
+        kernel: which kernel of the portfolio serves it, counted from 0; None where none is legal.
+        best_us: the fastest of all that were raced on it.
+        loss: how much longer the portfolio takes than that, as a share; None where no kernel of it is legal.
+        note: what cut its race short; empty otherwise.
+    """
+
+    problem: Problem
+    entry: RegistryEntry
+    kernel: int | None
+    best_us: float
+    loss: float | None
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PortfolioResult:
+    """A few kernels that serve all problems of one spec.
+
+    Attributes:
+        spec: without the numbers of its mask, which kernels take at run time.
+        asked: how many kernels were allowed.
+        kernels: those chosen; what a launch alone decides (head_group, tail_heads) may differ from problem to problem.
+        problems: how each is served.
+        needed: how many kernels keep every loss within `portfolio.LOSS_LIMIT`; at most, where there were too many sets
+            of kernels to try them all.
+    """
+
+    spec: AttentionSpec
+    asked: int
+    kernels: tuple[KernelConfig, ...]
+    problems: tuple[ServedProblem, ...]
+    needed: int
+
+    def within(self, limit: float) -> bool:
+        """Return whether every problem is served with a loss of at most `limit`."""
+        return all(served.loss is not None and served.loss <= limit for served in self.problems)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneReport:
     """What a whole run found.
 
@@ -68,6 +113,7 @@ class TuneReport:
         study: the file or URL that holds the trials; the same command goes on from it.
         interrupted: whether Ctrl-C cut it short.
         wall_s: wall-clock seconds spent.
+        portfolios: one for each spec, where they were asked for.
     """
 
     target: GpuTarget
@@ -76,6 +122,7 @@ class TuneReport:
     study: str
     interrupted: bool
     wall_s: float
+    portfolios: tuple[PortfolioResult, ...] = ()
 
 
 class Observer(typing.Protocol):

@@ -13,7 +13,7 @@ from flashgen.errors import FlashgenError
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
 from flashgen.registry import Origin
 from flashgen.spec import Phase, Problem
-from flashgen.tuning.evaluators import Final, failure_reason
+from flashgen.tuning.evaluators import Final, failure_reason, times_longer
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.study import Tried
 from flashgen.tuning.workers import Outcome as WorkerOutcome
@@ -155,7 +155,8 @@ class GpuEvaluator:
     ) -> _Raced | str:
         """Return the timings of the finalists and of the rest, or why there are none."""
         configs = [tried.config for tried in finalists]
-        outcome = self._call(self._jobs.race, problem, configs, target_ms, seed, baselines)
+        longer = times_longer(len(configs))
+        outcome = self._call(self._jobs.race, problem, configs, target_ms, seed, baselines, longer=longer)
         if isinstance(outcome, WorkerFailure):
             return f"in the final comparison, {failure_reason(outcome)}"
         match outcome.value:
@@ -178,9 +179,9 @@ class GpuEvaluator:
                 return Rejected(stage=stage, reason=f"{what}, {reason}")
         return Rejected(stage="accuracy", reason=f"{what}, the check returned {outcome.value!r}"[:1000])
 
-    def _call(self, function: str, problem: Problem, *args: object) -> WorkerOutcome:
+    def _call(self, function: str, problem: Problem, *args: object, longer: float = 1.0) -> WorkerOutcome:
         self.cancel()
-        timeout_s = self._jobs.race_timeout_s + _extra_s(problem)
+        timeout_s = longer * (self._jobs.race_timeout_s + _extra_s(problem))
         outcome = self._worker.call(function, problem, *args, timeout_s=timeout_s)
         while self._may_start_again(outcome):
             outcome = self._worker.call(function, problem, *args, timeout_s=timeout_s)

@@ -15,9 +15,16 @@ from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend
 
 from flashgen.errors import FlashgenError, InputError
+from flashgen.resources import cache_dir
+from flashgen.target import GpuTarget
 
 _TAIL_BYTES = 1 << 20
 _FIRST_BYTES = b'{"op_code"'
+
+
+def default_study(target: GpuTarget) -> str:
+    """Return the journal that trials are kept in where no study is named."""
+    return str(cache_dir() / "studies" / f"{target.arch}.journal")
 
 
 @contextlib.contextmanager

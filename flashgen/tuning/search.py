@@ -11,7 +11,7 @@ from flashgen.codegen import KernelConfig, KernelResources
 from flashgen.codegen.constraints import interpreter_refusal
 from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
-from flashgen.tuning.evaluators import Evaluator, Final, failure_reason
+from flashgen.tuning.evaluators import Evaluator, Final, failure_reason, times_longer
 from flashgen.tuning.events import Observer, ProblemResult, TrialRecord
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.study import ProblemStudy, Tried
@@ -66,6 +66,8 @@ class ProblemSearch:
     ) -> None:
         self.task = task
         self.interrupted = False
+        # Of the final comparison; None where there was none, or nothing was left in it.
+        self.choice: Choice | None = None
         self._study = study
         self._pool = pool
         self._evaluator = evaluator
@@ -87,7 +89,8 @@ class ProblemSearch:
         self._refused: dict[KernelConfig, str] = {}
         self._start = time.monotonic()
         seconds = max(0.0, task.deadline - self._start)
-        self._stop = task.deadline - min(evaluator.reserve_s, _MAX_RESERVE_SHARE * seconds)
+        reserve_s = evaluator.reserve_s * times_longer(task.effort.finalists)
+        self._stop = task.deadline - min(reserve_s, _MAX_RESERVE_SHARE * seconds)
         self._patient_until = self._start + _PATIENCE_SHARE * (self._stop - self._start)
 
     def run(self, index: int) -> ProblemResult:
@@ -105,7 +108,7 @@ class ProblemSearch:
                 self._drop_unfinished()
             if len(self._tried) < self.task.planned and time.monotonic() >= self._stop:
                 note = f"out of time after {len(self._tried)} of {self.task.planned} configs"
-            choice = self._compare()
+            choice = self.choice = self._compare()
         except KeyboardInterrupt:
             self.interrupted = True
             choice = self._best_so_far()

@@ -10,12 +10,14 @@ import torch
 
 from flashgen.errors import InputError
 from flashgen.launch import detect_target
-from flashgen.resources import cache_dir, user_registry_dir
+from flashgen.resources import user_registry_dir
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import GpuTarget, named_target
-from flashgen.tuning.effort import effort_named
+from flashgen.tuning.covering import tune_portfolio
+from flashgen.tuning.effort import Effort, effort_named
 from flashgen.tuning.events import Observer, SilentObserver, TuneReport
 from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.journal import default_study
 from flashgen.tuning.run import Run
 
 
@@ -30,6 +32,7 @@ def tune(
     registry: Path | None = None,
     study: str | None = None,
     workers: int | None = None,
+    portfolio: int | None = None,
     observer: Observer | None = None,
 ) -> TuneReport:
     """Search the best config for each problem, check it, time it, and write it into the registry.
@@ -42,6 +45,11 @@ def tune(
     Trials are kept in an Optuna study: the same call goes on where an earlier one stopped. Ctrl-C ends the search, and
     the best so far is written.
 
+    With a `portfolio`, the winners and runners-up of all problems of one spec are then raced on each of them, and as
+    many kernels as it says are chosen that serve them all, with the smallest worst loss; their entries take the place
+    of the winners', who stay among the runners-up. Only problems of one spec, but for the numbers of its mask, can
+    share a kernel: the limit is one for each.
+
     Args:
         problems: what to tune; a problem, or its text (`b=4 hq=32 hkv=8 sq=4096 sk=4096 d=128 causal bf16`).
         target: rank by the model for this GPU, which need not be here.
@@ -52,6 +60,7 @@ def tune(
         registry: folder to write to; by default the user's.
         study: a journal file or database URL for the trials; by default a file in the cache.
         workers: processes that compile; by default one for each core that the measuring leaves.
+        portfolio: how many kernels may serve all problems of one spec; by default each problem has its own winner.
         observer: is told what happens.
 
     Returns:
@@ -64,26 +73,56 @@ def tune(
     """
     if not problems:
         raise InputError("nothing to tune: give at least one problem")
-    if budget_s is not None and budget_s <= 0:
-        raise InputError(f"the budget must be above 0 seconds, got {budget_s:g}")
-    level = effort_named(effort)
-    gpu = _gpu(target, device)
-    where = detect_target(torch.device(gpu)) if gpu else target or named_target("H200")
-    folder = registry or user_registry_dir()
-    place = study or str(cache_dir() / "studies" / f"{where.arch}.journal")
-    run = Run(
-        target=where,
-        gpu=gpu,
-        effort=level,
+    if portfolio is not None and portfolio < 1:
+        raise InputError(f"a portfolio has at least 1 kernel, got {portfolio}")
+    run = plan_run(
+        target=target,
+        device=device,
+        effort=effort_named(effort),
         budget_s=budget_s,
         seed=seed,
-        folder=folder,
-        study=place,
+        registry=registry,
+        study=study,
+        workers=workers,
+        observer=observer,
+    )
+    parsed = [parse_problem(p) if isinstance(p, str) else p for p in problems]
+    return run.tune(parsed) if portfolio is None else tune_portfolio(run, parsed, portfolio)
+
+
+def plan_run(
+    *,
+    target: GpuTarget | None,
+    device: str | None,
+    effort: Effort,
+    budget_s: float | None,
+    seed: int,
+    registry: Path | None,
+    study: str | None,
+    workers: int | None,
+    observer: Observer | None,
+) -> Run:
+    """Return the run that these arguments of `tune` mean.
+
+    Raises:
+        InputError: for a budget of nothing, or an unknown target or device.
+    """
+    if budget_s is not None and budget_s <= 0:
+        raise InputError(f"the budget must be above 0 seconds, got {budget_s:g}")
+    gpu = _gpu(target, device)
+    where = detect_target(torch.device(gpu)) if gpu else target or named_target("H200")
+    return Run(
+        target=where,
+        gpu=gpu,
+        effort=effort,
+        budget_s=budget_s,
+        seed=seed,
+        folder=registry or user_registry_dir(),
+        study=study or default_study(where),
         workers=workers or default_workers(gpu is not None),
         observer=observer or SilentObserver(),
         jobs=Jobs(),
     )
-    return run.tune([parse_problem(p) if isinstance(p, str) else p for p in problems])
 
 
 def default_workers(gpu: bool) -> int:

@@ -113,8 +113,22 @@ def make_entry(task: Task, choice: Choice, *, origin: Origin, timing: str, trial
             triton=software.triton,
             torch=software.torch,
             driver=software.driver,
-            date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            date=_date_text(datetime.datetime.now(datetime.timezone.utc)),
             trials=trials,
             seed=task.seed,
         ),
     )
+
+
+def dated_after(entry: RegistryEntry, old: RegistryEntry) -> RegistryEntry:
+    """Return `entry`, dated later than `old`, so that it stays where both are merged.
+
+    Both may have been made in one second, and clocks go back.
+    """
+    before, now = (datetime.datetime.fromisoformat(e.provenance.date.removesuffix("Z")) for e in (old, entry))
+    date = _date_text(max(now, before + datetime.timedelta(seconds=1)))
+    return dataclasses.replace(entry, provenance=dataclasses.replace(entry.provenance, date=date))
+
+
+def _date_text(date: datetime.datetime) -> str:
+    return date.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import typing
@@ -19,7 +20,14 @@ from flashgen.measure import Rejected, Timing
 from flashgen.registry import RegistryEntry
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import named_target
-from flashgen.tuning.events import Observer, ProblemResult, TrialRecord, TuneReport
+from flashgen.tuning.events import (
+    Observer,
+    PortfolioResult,
+    ProblemResult,
+    ServedProblem,
+    TrialRecord,
+    TuneReport,
+)
 
 TUNED = "b=1 hq=2 hkv=1 s=1024 d=64 causal fp16"
 
@@ -142,6 +150,46 @@ def test_json_is_alone_on_stdout(run: typing.Any, fake_tune: typing.Any, entry: 
     assert document["results"][0]["rejected"] == {"compile": 2, "accuracy": 1}
     assert document["results"][0]["entry"] == entry.as_dict()
     assert seen["target"] == named_target("H200")
+
+
+def portfolio_of(entry: RegistryEntry, loss: float) -> PortfolioResult:
+    served = ServedProblem(
+        problem=parse_problem(TUNED), entry=entry, kernel=0, best_us=20.0 / (1 + loss), loss=loss, note=""
+    )
+    own = dataclasses.replace(
+        served, kernel=None, loss=None, problem=parse_problem("b=8 hq=2 hkv=1 s=1024 d=64 causal fp16"), note="late"
+    )
+    problems = (served,) if loss <= 0.02 else (served, own)
+    return PortfolioResult(spec=entry.spec, asked=1, kernels=(entry.config,), problems=problems, needed=len(problems))
+
+
+def test_a_portfolio_tells_each_loss_and_how_many_kernels_it_takes(
+    run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry
+) -> None:
+    found = dataclasses.replace(report_of(entry), portfolios=(portfolio_of(entry, 0.25), portfolio_of(entry, 0.01)))
+    seen = fake_tune(found)
+    result = run("tune", "--shape", TUNED, "--portfolio", "1")
+    assert result.exit_code == 0, result.stderr
+    assert seen["portfolio"] == 1
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith((" b=", "b=")) and "%" in line]
+    assert [row[-1] for row in rows] == ["25.0%", "1.0%"]
+    (own,) = (line for line in result.stdout.splitlines() if "its own" in line)
+    assert own.split()[-1] == "-"
+    assert f"{entry.spec}: 2% not reached; 2% takes 2 kernel(s), 1 allowed" in result.stdout
+    assert f"{entry.spec}: every problem is within 2% of its best; 2% takes 1 kernel(s)" in result.stdout
+    assert "late" in result.stderr
+    document = json.loads(run("tune", "--shape", TUNED, "--portfolio", "1", "--json").stdout)
+    first, second = document["portfolios"]
+    assert (first["reached"], first["needed"], second["reached"], second["needed"]) == (False, 2, True, 1)
+    assert first["kernels"] == [entry.config.as_dict()]
+    assert [problem["loss"] for problem in first["problems"]] == [0.25, None]
+
+
+def test_without_a_portfolio_the_report_has_none(run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry) -> None:
+    seen = fake_tune(report_of(entry))
+    assert "portfolios" not in json.loads(run("tune", "--shape", TUNED, "--json").stdout)
+    assert seen["portfolio"] is None
+    assert run("tune", "--shape", TUNED, "--portfolio", "0").exit_code == 2
 
 
 def test_live_view_shows_the_best_and_the_time_left(entry: RegistryEntry) -> None:

@@ -15,11 +15,11 @@ from flashgen.dispatch import is_stale, select
 from flashgen.launch import bind_backward, bind_forward, detect_target, software_versions
 from flashgen.measure import random_inputs
 from flashgen.registry import Location, RegistryEntry, load
-from flashgen.registry.entry import RANGE_AXES
 from flashgen.resources import shipped_registry_dir
-from flashgen.spec import AttentionSpec, Problem, Shape
+from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.gpu_cases import make_case
+from flashgen.tuning.retuning import problem_of
 
 pytestmark = pytest.mark.gpu
 
@@ -32,11 +32,6 @@ def shipped() -> list[RegistryEntry]:
     if not entries:
         pytest.skip(f"no entry ships for {device}")
     return entries
-
-
-def problem_of(entry: RegistryEntry) -> Problem:
-    sizes = {name: getattr(entry.range, name).lo for name in RANGE_AXES}
-    return Problem(spec=entry.spec, shape=Shape(**sizes))
 
 
 def target_here() -> GpuTarget:

@@ -60,21 +60,24 @@ class Bench:
         lines = (self.folder / "log").read_text().splitlines()
         return [line.removeprefix(f"{job} ") for line in lines if line.startswith(f"{job} ")]
 
-    def run(
+    def run(self, *, problems: typing.Sequence[Problem] | None = None, **settings: typing.Any) -> TuneReport:
+        """Tune, and return the report; `prepared` has the settings."""
+        return self.prepared(**settings).tune(problems or [self.problem])
+
+    def prepared(
         self,
         *,
         gpu: str | None = "planted:0",
         trials: int = 4,
         jobs: Jobs | None = None,
-        problems: typing.Sequence[Problem] | None = None,
         observer: Observer | None = None,
         budget_s: float | None = None,
         workers: int = 2,
         folder: Path | None = None,
         seeds_only: bool = True,
-    ) -> TuneReport:
-        """Tune, and return the report."""
-        run = Run(
+    ) -> Run:
+        """Return a run."""
+        return Run(
             target=H200,
             gpu=gpu,
             effort=Effort(trials=trials, finalists=3, final_ms=1.0, seconds=60.0, seeds_only=seeds_only),
@@ -86,7 +89,6 @@ class Bench:
             observer=observer or SilentObserver(),
             jobs=jobs or self.jobs,
         )
-        return run.tune(problems or [self.problem])
 
 
 @functools.cache

@@ -69,7 +69,8 @@ def test_every_fault_costs_one_trial_and_none_wins(bench):
         assert said[index].startswith(words), said[index]
     right = [trial for trial in result.trials if isinstance(trial.result, Timing)]
     assert result.entry is not None
-    assert result.entry.config == min(right, key=lambda trial: trial.result.median_us).config
+    # Whatever the search tried, another may be within the noise of the fastest.
+    assert min(right, key=lambda trial: trial.result.median_us).config in (result.entry.config, *result.tied)
     assert (result.entry.origin, result.baselines) == ("measured", {"cudnn": 90.0})
     assert len(bench.calls("compile")) == len(set(bench.calls("compile"))) == 24
     assert len(bench.calls("evaluate")) == len(set(bench.calls("evaluate"))) == 19
