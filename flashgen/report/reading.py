@@ -22,9 +22,10 @@ from flashgen.registry import Located, MeasuredRange, Registry
 from flashgen.report.data import ProblemReport, Rejection, Roof, StudyReport, Trial
 from flashgen.report.finalists import find_finalists, untuned_trial
 from flashgen.report.parameters import fixed_values, importances_of, parameters_of
-from flashgen.report.snapshot import open_snapshot, shown_place
+from flashgen.report.snapshot import open_snapshot
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import GpuTarget, named_target
+from flashgen.tuning.journal import shown_place
 from flashgen.tuning.model_evaluator import ModelEvaluator
 from flashgen.tuning.study import tried_from
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import optuna
 import sqlalchemy
-import sqlalchemy.exc
 from optuna.storages import BaseStorage
 from optuna.storages.journal import BaseJournalBackend
 
 from flashgen.errors import FlashgenError, InputError
+from flashgen.tuning.journal import shown_place
 
 
 def open_snapshot(study: str) -> BaseStorage:
@@ -32,16 +32,6 @@ def open_snapshot(study: str) -> BaseStorage:
         if not path.is_file():
             raise InputError(_missing(path))
         return optuna.storages.JournalStorage(_JournalSnapshot(path.read_bytes()))
-
-
-def shown_place(study: str) -> str:
-    """Return the path or URL as a page may show it: without a password."""
-    if "://" not in study:
-        return study
-    try:
-        return sqlalchemy.engine.make_url(study).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return study
 
 
 class _JournalSnapshot(BaseJournalBackend):

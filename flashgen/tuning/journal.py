@@ -11,6 +11,8 @@ from pathlib import Path
 
 import filelock
 import optuna
+import sqlalchemy
+import sqlalchemy.exc
 from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -18,6 +20,8 @@ from flashgen.errors import FlashgenError, InputError
 from flashgen.resources import cache_dir
 from flashgen.target import GpuTarget
 
+# Of PostgreSQL's advisory locks: "flashgen" in ASCII.
+_POSTGRESQL_LOCK = int.from_bytes(b"flashgen", "big")
 _TAIL_BYTES = 1 << 20
 _FIRST_BYTES = b'{"op_code"'
 
@@ -27,38 +31,82 @@ def default_study(target: GpuTarget) -> str:
     return str(cache_dir() / "studies" / f"{target.arch}.journal")
 
 
+def shown_place(study: str) -> str:
+    """Return the path or URL of a study as others may see it: without a password."""
+    if "://" not in study:
+        return study
+    try:
+        return sqlalchemy.engine.make_url(study).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return study
+
+
 @contextlib.contextmanager
 def open_storage(study: str) -> typing.Iterator[BaseStorage]:
-    """Give the storage behind a path (a journal file, this run's alone) or a URL (a database that Optuna knows).
+    """Give the storage behind a path (a journal file) or a URL (a database that Optuna knows), this run's alone.
+
+    What a run finds unfinished it takes for what a killed run left, so two must not use a study at once. Databases
+    other than SQLite and PostgreSQL have no lock that this knows: there it is the callers who must see to it.
 
     Raises:
         InputError: if it cannot be opened; the message says why.
-        FlashgenError: if another run is using the journal.
+        FlashgenError: if another run is using it.
     """
     if "://" in study:
-        with _refusing(study):
-            storage: BaseStorage = optuna.storages.RDBStorage(study)
-        yield storage
+        with contextlib.ExitStack() as stack:
+            with _refusing(study):
+                stack.enter_context(_locked_database(study))
+                database = optuna.storages.RDBStorage(study)
+            yield database
         return
     # A relative path would end the lock file's link in the wrong folder.
     path = Path(study).absolute()
-    with _refusing(study):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{path}.run-lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise FlashgenError(
-                f"another flashgen tune is using the study {path}; wait for it, or name another with --study"
-            ) from None
-    try:
+    with contextlib.ExitStack() as stack:
         with _refusing(study), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked_file(path))
             _mend(path)
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
         yield storage
+
+
+@contextlib.contextmanager
+def _locked_file(path: Path) -> typing.Iterator[None]:
+    lock = filelock.FileLock(f"{path}.run-lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise _in_use(str(path)) from None
+    try:
+        yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _locked_database(study: str) -> typing.Iterator[None]:
+    url = sqlalchemy.engine.make_url(study)
+    backend, file = url.get_backend_name(), url.database
+    if backend == "sqlite" and file and file != ":memory:" and not file.startswith("file:"):
+        with _locked_file(Path(file).absolute()):
+            yield
+    elif backend == "postgresql":
+        # The server lets go of it when this connection ends, however that comes about.
+        engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.pool.NullPool)
+        with engine.connect() as connection:
+            lock = sqlalchemy.text("SELECT pg_try_advisory_lock(:key)")
+            if not connection.execute(lock, {"key": _POSTGRESQL_LOCK}).scalar():
+                raise _in_use(study)
+            yield
+    else:
+        yield
+
+
+def _in_use(study: str) -> FlashgenError:
+    return FlashgenError(
+        f"another flashgen tune is using the study {shown_place(study)}; wait for it, or name another with --study"
+    )
 
 
 def _mend(path: Path) -> None:
@@ -99,5 +147,6 @@ def _refusing(study: str) -> typing.Iterator[None]:
     # A damaged journal shows as almost any exception of its parser.
     except Exception as error:
         raise InputError(
-            f"the study {study} cannot be opened ({type(error).__name__}: {error}); move it away or name another"
+            f"the study {shown_place(study)} cannot be opened ({type(error).__name__}: {error}); move it away or name "
+            "another"
         ) from error

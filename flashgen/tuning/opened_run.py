@@ -19,6 +19,7 @@ from flashgen.tuning.choices import Choices, find_choices
 from flashgen.tuning.effort import Effort
 from flashgen.tuning.evaluators import Evaluator
 from flashgen.tuning.events import PortfolioResult, ProblemResult, TuneReport
+from flashgen.tuning.journal import shown_place
 from flashgen.tuning.search import ProblemSearch
 from flashgen.tuning.study import ProblemStudy, Tried
 from flashgen.tuning.task import Task
@@ -153,7 +154,7 @@ class OpenRun:
             target=self.run.target,
             results=tuple(self._results),
             files=self.files,
-            study=self.run.study,
+            study=shown_place(self.run.study),
             interrupted=self.interrupted,
             wall_s=self.wall_s,
             portfolios=tuple(portfolios),

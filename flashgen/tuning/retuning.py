@@ -16,6 +16,7 @@ from flashgen.target import GpuTarget
 from flashgen.tuning.choices import Choices, kept_choices
 from flashgen.tuning.effort import EFFORTS
 from flashgen.tuning.events import Observer
+from flashgen.tuning.journal import shown_place
 from flashgen.tuning.opened_run import OpenRun, Searched
 from flashgen.tuning.run import Run, one_of_each_key, require_writable
 from flashgen.tuning.session import plan_run
@@ -153,7 +154,7 @@ def retune_entries(run: Run, problems: typing.Iterable[Problem] | None = None) -
         results=tuple(results),
         missing=tuple(p for p in wanted or () if not any(_covers(entry, p) for entry in entries)),
         files=opened.files,
-        study=run.study,
+        study=shown_place(run.study),
         interrupted=opened.interrupted,
         wall_s=opened.wall_s,
     )

@@ -20,7 +20,7 @@ from flashgen.tuning.evaluators import Evaluator
 from flashgen.tuning.events import Observer, TuneReport
 from flashgen.tuning.gpu_evaluator import GpuEvaluator
 from flashgen.tuning.jobs import Jobs
-from flashgen.tuning.journal import open_storage
+from flashgen.tuning.journal import open_storage, shown_place
 from flashgen.tuning.model_evaluator import ModelEvaluator
 from flashgen.tuning.opened_run import OpenRun
 from flashgen.tuning.workers import Pool
@@ -75,7 +75,7 @@ class Run:
         """
         start = time.monotonic()
         require_writable(self.folder, {file_name(self.target.device_name, phase) for phase in phases})
-        self.observer.run_started(self.target, len(phases), self.study, self.gpu is not None)
+        self.observer.run_started(self.target, len(phases), shown_place(self.study), self.gpu is not None)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with (
             open_storage(self.study) as storage,

@@ -74,6 +74,7 @@ class Bench:
         budget_s: float | None = None,
         workers: int = 2,
         folder: Path | None = None,
+        study: str | None = None,
         seeds_only: bool = True,
     ) -> Run:
         """Return a run."""
@@ -84,7 +85,7 @@ class Bench:
             budget_s=budget_s,
             seed=0,
             folder=folder or self.folder / "registry",
-            study=str(self.folder / "study.journal"),
+            study=study or str(self.folder / "study.journal"),
             workers=workers,
             observer=observer or SilentObserver(),
             jobs=jobs or self.jobs,
