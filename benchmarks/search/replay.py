@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -31,8 +32,9 @@ from flashgen.codegen import KernelConfig, config_from_dict
 from flashgen.errors import FlashgenError
 from flashgen.target import named_target
 from flashgen.tuning.choices import find_choices
+from flashgen.tuning.config_space import suggest_config
 from flashgen.tuning.effort import Effort
-from flashgen.tuning.sampler import UntriedNeighbourSampler, suggest_config
+from flashgen.tuning.sampler import UntriedNeighbourSampler
 from flashgen.tuning.study import FAILED_US
 
 HERE = Path(__file__).parent
@@ -54,6 +56,8 @@ def main() -> None:
     unknown = set(names := arguments.samplers.split(",")) - SAMPLERS.keys()
     if unknown:
         parser.error(f"unknown samplers {', '.join(sorted(unknown))}; there are {', '.join(SAMPLERS)}")
+    if "gp" in names and importlib.util.find_spec("scipy") is None:
+        parser.error("gp needs SciPy: pip install scipy")
     paths = sorted(arguments.tables.glob("*.json.xz"))
     if not paths:
         parser.error(f"no table in {arguments.tables}; record.py makes them")

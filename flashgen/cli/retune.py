@@ -9,11 +9,10 @@ import typer
 
 from flashgen.cli import options
 from flashgen.cli.configs import short_config
-from flashgen.cli.exits import FAILED, INTERRUPTED
 from flashgen.cli.output import note, print_json, print_table, ratio
 from flashgen.cli.problems import resolve_problems
 from flashgen.cli.targets import resolve_target
-from flashgen.cli.tune import Budget, Study, Workers, parse_seconds
+from flashgen.cli.tune import Budget, Study, Workers, end, parse_seconds
 
 if typing.TYPE_CHECKING:
     from flashgen.tuning import Reraced, RetuneReport
@@ -70,12 +69,7 @@ def retune(
         print_json(_document(report))
     else:
         _print(report)
-    if report.interrupted:
-        saved = ", ".join(map(str, report.files)) or "no entry yet"
-        note(f"interrupted; saved: {saved}; the same command goes on from {report.study}")
-        raise typer.Exit(INTERRUPTED)
-    if any(result.new is None for result in report.results):
-        raise typer.Exit(FAILED)
+    end(report, failed=any(result.new is None for result in report.results))
 
 
 _NUMERIC = ("us", "today us", "new us", "gain")

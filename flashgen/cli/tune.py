@@ -15,6 +15,9 @@ from flashgen.cli.problems import resolve_problems
 from flashgen.cli.targets import resolve_target
 from flashgen.errors import InputError
 
+if typing.TYPE_CHECKING:
+    from flashgen.tuning import RetuneReport, TuneReport
+
 EXAMPLE = "flashgen tune --model Llama-3-8B/config.json --effort full --budget 30m"
 
 Effort = typing.Annotated[
@@ -99,11 +102,20 @@ def tune(
         print_json(report_document(report))
     else:
         print_report(report)
+    end(report, failed=any(result.entry is None for result in report.results))
+
+
+def end(report: TuneReport | RetuneReport, *, failed: bool) -> None:
+    """Return if all went well.
+
+    Raises:
+        typer.Exit: after saying what is saved, if there was a Ctrl-C; or if something failed.
+    """
     if report.interrupted:
         saved = ", ".join(map(str, report.files)) or "no entry yet"
         note(f"interrupted; saved: {saved}; the same command goes on from {report.study}")
         raise typer.Exit(INTERRUPTED)
-    if any(result.entry is None for result in report.results):
+    if failed:
         raise typer.Exit(FAILED)
 
 

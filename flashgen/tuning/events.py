@@ -110,7 +110,7 @@ class TuneReport:
         target: the GPU it was for.
         results: one for each problem, in order; problems that an interrupt left out are missing.
         files: registry files that were written.
-        study: the file or URL that holds the trials; the same command goes on from it.
+        study: the file or URL that holds the trials, without its password; the same command goes on from it.
         interrupted: whether Ctrl-C cut it short.
         wall_s: wall-clock seconds spent.
         portfolios: one for each spec, where they were asked for.

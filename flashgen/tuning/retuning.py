@@ -65,7 +65,7 @@ class RetuneReport:
         results: one for each entry, in the order of the files; entries that an interrupt left out are missing.
         missing: problems that were asked for and have no entry.
         files: registry files that were written.
-        study: the file or URL that holds the trials; the same command goes on from it.
+        study: the file or URL that holds the trials, without its password; the same command goes on from it.
         interrupted: whether Ctrl-C cut it short.
         wall_s: wall-clock seconds spent.
     """

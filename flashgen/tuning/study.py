@@ -22,8 +22,9 @@ from flashgen.errors import FlashgenError, InputError
 from flashgen.measure import Rejected, Timing
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
+from flashgen.tuning.config_space import suggest_config
 from flashgen.tuning.events import TrialRecord
-from flashgen.tuning.sampler import UntriedNeighbourSampler, suggest_config
+from flashgen.tuning.sampler import UntriedNeighbourSampler
 
 # What a failed config is told as, in us: finite, because a model ignores failures and proposes them again.
 FAILED_US = 1e9

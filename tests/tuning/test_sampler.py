@@ -15,7 +15,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from flashgen.codegen.config import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.errors import ConfigError
-from flashgen.tuning.sampler import ConfigSpace, SpaceExhausted, UntriedNeighbourSampler, suggest_config
+from flashgen.tuning.config_space import ConfigSpace, suggest_config
+from flashgen.tuning.sampler import SpaceExhausted, UntriedNeighbourSampler
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

@@ -1,0 +1,111 @@
+"""The legal configs of a problem as Optuna sees them."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import typing
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+from flashgen.codegen.config import KernelConfig, Scalar, config_from_dict
+from flashgen.errors import ConfigError
+
+Values = tuple[Scalar, ...]
+
+TEMPLATE = "template"
+ABSENT = ""
+"""The value of a number that a config's template does not have."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigSpace:
+    """The legal configs as Optuna sees them: one categorical for each number, and one for the template.
+
+    Numbers that only some of several templates have are the empty text in the configs of the others. Configs of one
+    template have no categorical for it.
+
+    Attributes:
+        configs: without repeats, in the order given.
+        choices: the values of each number that occur, sorted, by name.
+    """
+
+    configs: tuple[KernelConfig, ...]
+    choices: dict[str, Values]
+
+    @classmethod
+    def of(cls, configs: typing.Iterable[KernelConfig]) -> ConfigSpace:
+        """Return the space of `configs`.
+
+        Raises:
+            ConfigError: if there are none.
+        """
+        unique = tuple(dict.fromkeys(configs))
+        if not unique:
+            raise ConfigError("a study needs legal configs, got none")
+        rows = [config.as_dict() for config in unique]
+        names = dict.fromkeys(name for row in _one_of_each(rows) for name in row)
+        choices = {name: sorted_values({row.get(name, ABSENT) for row in rows}) for name in names}
+        if len(choices[TEMPLATE]) == 1:
+            del choices[TEMPLATE]
+        return cls(configs=unique, choices=choices)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The templates that configs are of."""
+        return tuple(sorted({config.template for config in self.configs}))
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return what `suggest_config` suggests each number from."""
+        return {name: CategoricalDistribution(values) for name, values in self.choices.items()}
+
+    def key(self, config: KernelConfig) -> Values:
+        """Return the values of `config`, in the order of `choices`."""
+        numbers = {**vars(config), TEMPLATE: config.template}
+        return tuple(numbers.get(name, ABSENT) for name in self.choices)
+
+    def config(self, values: typing.Mapping[str, Scalar]) -> KernelConfig:
+        """Return the config that has these values, by name; the inverse of `key`."""
+        numbers = {name: value for name, value in values.items() if value != ABSENT}
+        return config_from_dict({TEMPLATE: self.configs[0].template, **numbers})
+
+    def coordinates(self, key: Values) -> tuple[int, ...]:
+        """Return where each value of `key` stands, or would stand, among its choices."""
+        axes = zip(self._places, self.choices.values(), key, strict=True)
+        return tuple(
+            place if (place := places.get(value)) is not None else _place(values, value)
+            for places, values, value in axes
+        )
+
+    @functools.cached_property
+    def _places(self) -> tuple[dict[Scalar, int], ...]:
+        return tuple({value: place for place, value in enumerate(values)} for values in self.choices.values())
+
+
+def suggest_config(trial: optuna.Trial, space: ConfigSpace) -> KernelConfig:
+    """Return the config that the study's sampler proposes for `trial`."""
+    numbers = {name: trial.suggest_categorical(name, values) for name, values in space.choices.items()}
+    return space.config(typing.cast("dict[str, Scalar]", numbers))
+
+
+def are_words(space: ConfigSpace) -> list[bool]:
+    """Return which of the choices are words; numbers stand before the empty text of templates without them."""
+    return [isinstance(values[0], str) for values in space.choices.values()]
+
+
+def sorted_values(values: typing.AbstractSet[Scalar]) -> Values:
+    """Return numbers in order, then words."""
+    return tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
+
+
+def _one_of_each(rows: typing.Iterable[dict[str, Scalar]]) -> list[dict[str, Scalar]]:
+    """Return one row of each template."""
+    return list({row[TEMPLATE]: row for row in rows}.values())
+
+
+def _place(values: Values, value: Scalar) -> int:
+    if isinstance(value, str):
+        return values.index(value) if value in values else len(values)
+    return bisect.bisect_left([v for v in values if isinstance(v, int)], value)

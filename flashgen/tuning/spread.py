@@ -1,0 +1,58 @@
+"""Points that fill the space of legal configs evenly, at any length of the sequence."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import typing
+
+from flashgen.tuning.config_space import ConfigSpace, Values, are_words, sorted_values
+
+_MAX_BOX_DRAWS = 64  # for one legal point
+
+
+def boxes_of(space: ConfigSpace, rng: random.Random) -> list[list[Values]]:
+    """Return the values of each number that occur with each combination of words; shuffled, of each template in turn.
+
+    Words are other kernels (`dq=kernel`, `dq=atomic`), which take other numbers: one may be a small part of the space.
+    """
+    words = are_words(space)
+    found: dict[str, dict[Values, list[Values]]] = {}
+    for config in space.configs:
+        key = space.key(config)
+        boxes = found.setdefault(config.template, {})
+        boxes.setdefault(tuple(value for value, word in zip(key, words, strict=True) if word), []).append(key)
+    shuffled = [rng.sample(list(boxes.values()), len(boxes)) for boxes in found.values()]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
+    return [[sorted_values(set(axis)) for axis in zip(*keys, strict=True)] for keys in in_turn if keys]
+
+
+def spread_keys(
+    boxes: typing.Sequence[typing.Sequence[Values]], shift: typing.Sequence[float], legal: typing.Container[Values]
+) -> typing.Iterator[Values]:
+    """Yield points that fill the boxes evenly, a legal one of each in turn, at any length of the sequence.
+
+    Additive recurrence by powers of the generalised golden ratio, shifted at random (M. Roberts, "The unreasonable
+    effectiveness of quasirandom sequences", 2018).
+    """
+    # An axis with one value needs no share of the dimensions: the more there are, the more even neighbours are alike.
+    varied = [[axis for axis, values in enumerate(box) if len(values) > 1] for box in boxes]
+    ratios = {len(axes): _golden_ratio(len(axes)) for axes in varied}
+    steps = itertools.count(1)
+    for box, axes in itertools.cycle(zip(boxes, varied, strict=True)):
+        for step in itertools.islice(steps, _MAX_BOX_DRAWS):
+            position = dict.fromkeys(range(len(box)), 0.0)
+            position |= {
+                axis: (shift[axis] + step * ratios[len(axes)] ** -power) % 1.0 for power, axis in enumerate(axes, 1)
+            }
+            key = tuple(values[int(position[axis] * len(values))] for axis, values in enumerate(box))
+            if key in legal:
+                break
+        yield key
+
+
+def _golden_ratio(dimensions: int) -> float:
+    ratio = 2.0
+    for _ in range(40):  # the root of x ** (d + 1) = x + 1 attracts
+        ratio = (1.0 + ratio) ** (1.0 / (dimensions + 1))
+    return ratio
