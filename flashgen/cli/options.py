@@ -47,6 +47,14 @@ Seqlens = typing.Annotated[
 Device = typing.Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="cuda:0 or cpu; default: the first GPU, if any.")
 ]
+Devices = typing.Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="LIST",
+        help="cuda:0, several GPUs of one kind such as cuda:0,cuda:1, all, or cpu; default: the first GPU, if any.",
+    ),
+]
 Target = typing.Annotated[
     str | None,
     typer.Option("--target", metavar="NAME", help="A GPU by name, e.g. sm_90, H200 or gfx942; it need not be here."),

@@ -33,7 +33,7 @@ def retune(
     shape: options.Shapes = None,
     phase: options.Phase = None,
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
-    device: options.Device = None,
+    device: options.Devices = None,
     target: options.Target = None,
     registry: Folder = None,
     budget: Budget = None,

@@ -56,7 +56,7 @@ def tune(
     shape: options.Shapes = None,
     phase: options.Phase = None,
     seqlen: options.Seqlens = options.DEFAULT_SEQLENS,
-    device: options.Device = None,
+    device: options.Devices = None,
     target: options.Target = None,
     registry: Folder = None,
     effort: Effort = "quick",

@@ -165,5 +165,7 @@ def _result_document(result: ProblemResult) -> dict[str, object]:
         "baselines_us": result.baselines,
         "tied": [config.as_dict() for config in result.tied],
         "wall_s": round(result.wall_s, 1),
+        "compile_s": round(result.compile_s, 1),
+        "measure_s": round(result.measure_s, 1),
         "note": result.note,
     }

@@ -53,6 +53,10 @@ class Evaluator(typing.Protocol):
     def connections(self) -> list[Connection]:
         """Readable when `collect` has something to do."""
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds that it has worked so far; where several GPUs did, their mean."""
+
     def start(self) -> None:
         """Get ready, so that no problem's time is spent on it.
 

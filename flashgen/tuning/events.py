@@ -44,6 +44,8 @@ class ProblemResult:
         baselines: median us of what was timed beside it, by name; empty without a GPU.
         tied: configs that are within the noise of the winner.
         wall_s: wall-clock seconds spent.
+        compile_s: of them, seconds that a compiling process worked on the average.
+        measure_s: seconds that the GPU's process worked, beside the compiling; of several GPUs, on the average.
         note: why there is no entry, what cut the search short, or that nothing could check the winner; empty otherwise.
     """
 
@@ -54,6 +56,8 @@ class ProblemResult:
     baselines: dict[str, float]
     tied: tuple[KernelConfig, ...]
     wall_s: float
+    compile_s: float = 0.0
+    measure_s: float = 0.0
     note: str
 
 

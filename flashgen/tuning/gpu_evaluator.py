@@ -1,9 +1,10 @@
-"""Timing candidates on a GPU, in a process that may hang or die without costing more than the candidate it ran."""
+"""Timing candidates on GPUs, in processes that may hang or die without costing more than the candidate they ran."""
 
 from __future__ import annotations
 
 import collections
 import math
+import multiprocessing.connection
 import typing
 from multiprocessing.connection import Connection
 
@@ -15,19 +16,15 @@ from flashgen.registry import Origin
 from flashgen.spec import Phase, Problem
 from flashgen.tuning.evaluators import Final, failure_reason, times_longer
 from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.measuring import MeasuringProcess
 from flashgen.tuning.study import Tried
 from flashgen.tuning.workers import Outcome as WorkerOutcome
-from flashgen.tuning.workers import Worker, WorkerFailure, pack_request
+from flashgen.tuning.workers import WorkerFailure
 
 _MIN_NOISE = 0.01
 # Without a final race: timings of the search are minutes apart.
 _NOISE_WITHOUT_RACE = 0.05
-# A GPU may need a moment after a fault before a new process can use it.
-_START_ATTEMPTS = 3
-# What a huge problem adds to the timeouts: this many launches, at a rate that slow kernels reach.
-_LAUNCHES, _SLOW_FLOPS = 50, 1e13
-_MAX_EXTRA_S = 120.0
-
+_TICK_S = 0.25
 _VARIANTS: dict[Phase, str] = {"forward": "with lse", "backward": "with dbias"}
 
 _Candidate = tuple[int, Problem, KernelConfig]
@@ -35,74 +32,70 @@ _Raced = tuple[list[Timing], dict[str, Timing]]
 
 
 class GpuEvaluator:
-    """Times candidates on one GPU; a hang, an abort or an illegal access costs the worker and one candidate."""
+    """Times candidates on GPUs of one kind; a hang, an abort or an illegal access costs a process and one candidate.
+
+    Whichever GPU is free takes the next one. Two of one kind differ by a percent or two, so the last comparison takes
+    place on the first of them alone.
+    """
 
     origin: Origin = "measured"
     timing = "cold-l2"
     reserve_s = 8.0
 
-    def __init__(self, device: str, jobs: Jobs) -> None:
-        """Make an evaluator for `device`; `start` starts its process."""
-        self._device = device
+    def __init__(self, devices: typing.Sequence[str], jobs: Jobs) -> None:
+        """Make an evaluator for `devices`; `start` starts their processes."""
         self._jobs = jobs
-        self._worker = Worker("measuring process", setup=jobs.start, setup_args=(device,))
+        self._processes = [MeasuringProcess(device, jobs) for device in devices]
         # Sent one by one, so that each has the best time so far and its own deadline.
         self._queue: collections.deque[_Candidate] = collections.deque()
-        self._current: _Candidate | None = None
+        self._current: dict[MeasuringProcess, _Candidate] = {}
         self._best_us: float | None = None
         self._problem: Problem | None = None
-        self._is_warm = False
-        self._failed_starts = 0
 
     @property
     def connections(self) -> list[Connection]:
-        return [self._worker.connection] if self._current and self._worker.connection else []
+        return [process.connection for process in self._current if process.connection]
+
+    @property
+    def busy_s(self) -> float:
+        return sum(process.busy_s for process in self._processes) / len(self._processes)
 
     def start(self) -> None:
-        limit = self._jobs.race_timeout_s
-        outcome = self._worker.call(self._jobs.start, self._device, timeout_s=limit)
-        while self._may_start_again(outcome):
-            outcome = self._worker.call(self._jobs.start, self._device, timeout_s=limit)
-        if isinstance(outcome, WorkerFailure):
-            raise FlashgenError(f"{self._device} cannot be measured on: {failure_reason(outcome)}")
+        waiting = set(self._processes)
+        for process in self._processes:
+            process.begin_start()
+        while waiting:
+            multiprocessing.connection.wait([p.connection for p in waiting if p.connection], _TICK_S)
+            ended = {process: outcome for process in waiting if (outcome := process.advance())}
+            waiting -= ended.keys()
+            for process, outcome in ended.items():
+                if isinstance(outcome, WorkerFailure):
+                    raise FlashgenError(f"{process.device} cannot be measured on: {failure_reason(outcome)}")
 
     def submit(self, number: int, problem: Problem, config: KernelConfig, report: CompileReport) -> None:
         if problem != self._problem:
-            self._problem, self._best_us, self._is_warm = problem, None, False
+            self._problem, self._best_us = problem, None
         self._queue.append((number, problem, config))
         self._feed()
 
     def collect(self) -> list[tuple[int, Outcome]]:
-        outcome = self._worker.advance() if self._current else None
-        if self._current is None or outcome is None:
-            return []
-        current, self._current = self._current, None
-        outcomes: list[tuple[int, Outcome]] = []
-        if self._may_start_again(outcome):
-            self._queue.appendleft(current)
-        else:
-            outcomes.append((current[0], self._judged(outcome)))
+        ended = [(process, outcome) for process in self._current if (outcome := process.advance())]
+        outcomes = [(self._current.pop(process), process, outcome) for process, outcome in ended]
+        judged = [(number, self._judged(process, problem, o)) for (number, problem, _), process, o in outcomes]
         self._feed()
-        return outcomes
+        return judged
 
     def _feed(self) -> None:
-        if self._queue and self._current is None:
-            self._current = self._queue.popleft()
-            _, problem, config = self._current
-            limit = self._jobs.evaluate_timeout_s if self._is_warm else self._jobs.first_evaluate_timeout_s
-            request = pack_request(self._jobs.evaluate, problem, config, self._best_us)
-            self._worker.begin(request, timeout_s=limit + _extra_s(problem))
+        for process in self._processes:
+            if self._queue and process not in self._current:
+                candidate = self._queue.popleft()
+                _, problem, config = self._current[process] = candidate
+                process.begin_evaluation(problem, config, self._best_us)
 
-    def _may_start_again(self, outcome: WorkerOutcome) -> bool:
-        if not isinstance(outcome, WorkerFailure) or not outcome.at_start:
-            self._failed_starts = 0
-            return False
-        self._failed_starts += 1
-        return self._failed_starts < _START_ATTEMPTS
-
-    def _judged(self, outcome: WorkerOutcome) -> Outcome:
+    def _judged(self, process: MeasuringProcess, problem: Problem, outcome: WorkerOutcome) -> Outcome:
         if isinstance(outcome, WorkerFailure):
-            self._distrust()
+            # After what nobody foresaw, even a process that lives may have lost its GPU context.
+            process.kill()
             return Rejected(stage="run", reason=failure_reason(outcome))
         match outcome.value:
             case Rejected() as rejected:
@@ -110,22 +103,17 @@ class GpuEvaluator:
             case Measurement(timing=timing, max_error=float(error), allowed_error=float(allowed)) as measured if (
                 _is_sound(timing) and math.isfinite(error) and math.isfinite(allowed)
             ):
-                self._is_warm = True
+                process.warmed_for(problem)
                 best = self._best_us
                 self._best_us = timing.median_us if best is None else min(best, timing.median_us)
                 return measured
         return Rejected(stage="run", reason=f"the measurement returned {outcome.value!r}"[:1000])
 
-    def _distrust(self) -> None:
-        # After what nobody foresaw, even a process that lives may have lost its GPU context.
-        self._worker.kill()
-        self._is_warm = False
-
     def cancel(self) -> None:
         self._queue.clear()
-        if self._current is not None:
-            self._current = None
-            self._distrust()
+        for process in self._current:
+            process.kill()
+        self._current.clear()
 
     def final(self, problem: Problem, finalists: typing.Sequence[Tried], target_ms: float, seed: int) -> Final:
         """Race the finalists and the baselines; whoever breaks the race is found and refused."""
@@ -181,21 +169,12 @@ class GpuEvaluator:
 
     def _call(self, function: str, problem: Problem, *args: object, longer: float = 1.0) -> WorkerOutcome:
         self.cancel()
-        timeout_s = longer * (self._jobs.race_timeout_s + _extra_s(problem))
-        outcome = self._worker.call(function, problem, *args, timeout_s=timeout_s)
-        while self._may_start_again(outcome):
-            outcome = self._worker.call(function, problem, *args, timeout_s=timeout_s)
-        if isinstance(outcome, WorkerFailure):
-            self._distrust()
-        return outcome
+        return self._processes[0].call(function, problem, *args, longer=longer)
 
     def close(self) -> None:
-        self._worker.kill()
+        for process in self._processes:
+            process.kill()
 
 
 def _is_sound(timing: object) -> bool:
     return isinstance(timing, Timing) and math.isfinite(timing.median_us) and timing.median_us > 0
-
-
-def _extra_s(problem: Problem) -> float:
-    return min(_MAX_EXTRA_S, _LAUNCHES * problem.flops() / _SLOW_FLOPS)

@@ -42,6 +42,10 @@ class ModelEvaluator:
     def connections(self) -> list[Connection]:
         return []
 
+    @property
+    def busy_s(self) -> float:
+        return self._pool.busy_s
+
     def start(self) -> None:
         """Nothing to do: the interpreting processes start with the leaders."""
 

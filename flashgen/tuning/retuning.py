@@ -100,7 +100,7 @@ def retune(
     Args:
         problems: entries that cover one of these; by default all of the GPU's.
         target: rank by the model for this GPU, which need not be here.
-        device: the GPU to measure on, such as `cuda:0`, or `cpu` for none; by default the first GPU there is.
+        device: the GPUs to measure on, as in `tune`.
         budget_s: wall-clock seconds for all entries together; by default each has its own limit.
         seed: of the races.
         registry: the folder; by default the user's.
@@ -199,7 +199,7 @@ def _rerace(opened: OpenRun, index: int, entry: RegistryEntry) -> Reraced:
     stale = is_stale(entry) is not None
 
     def choose(problem: Problem) -> Choices:
-        if opened.run.gpu is None and entry.origin == "measured":
+        if not opened.run.gpus and entry.origin == "measured":
             raise NoKernelError(f"it was measured, which a prediction does not replace: run this on a {target}")
         return kept_choices(problem, target, kept)
 

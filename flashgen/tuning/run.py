@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
         target: for which GPU.
-        gpu: the device to measure on, or None to rank by the model.
+        gpus: the devices to measure on, all of one kind; none to rank by the model.
         effort: how hard to search.
         budget_s: wall-clock seconds for all problems together, or None for the effort's own limit.
         seed: of the search.
@@ -44,7 +44,7 @@ class Run:
     """
 
     target: GpuTarget
-    gpu: str | None
+    gpus: tuple[str, ...]
     effort: Effort
     budget_s: float | None
     seed: int
@@ -75,15 +75,15 @@ class Run:
         """
         start = time.monotonic()
         require_writable(self.folder, {file_name(self.target.device_name, phase) for phase in phases})
-        self.observer.run_started(self.target, len(phases), shown_place(self.study), self.gpu is not None)
+        self.observer.run_started(self.target, len(phases), shown_place(self.study), bool(self.gpus))
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with (
             open_storage(self.study) as storage,
             Pool[int](self.workers, name="compiling process") as pool,
             self._evaluator() as evaluator,
         ):
-            if self.gpu is not None:
-                self.observer.stage(f"starting the measuring process on {self.gpu}")
+            if self.gpus:
+                self.observer.stage(f"starting the measuring process on {', '.join(self.gpus)}")
             evaluator.start()
             opened = OpenRun(self, storage=storage, pool=pool, evaluator=evaluator, start=start, searches=searches)
             try:
@@ -94,8 +94,8 @@ class Run:
     @contextlib.contextmanager
     def _evaluator(self) -> typing.Iterator[Evaluator]:
         evaluator: Evaluator
-        if self.gpu is not None:
-            evaluator = GpuEvaluator(self.gpu, self.jobs)
+        if self.gpus:
+            evaluator = GpuEvaluator(self.gpus, self.jobs)
         else:
             evaluator = ModelEvaluator(self.target, self.workers, self.jobs)
         try:

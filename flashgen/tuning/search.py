@@ -88,6 +88,7 @@ class ProblemSearch:
                 self._known.setdefault(key, tried)
         self._refused: dict[KernelConfig, str] = {}
         self._start = time.monotonic()
+        self._compile_from_s, self._measure_from_s = pool.busy_s, evaluator.busy_s
         seconds = max(0.0, task.deadline - self._start)
         reserve_s = evaluator.reserve_s * times_longer(task.effort.finalists)
         self._stop = task.deadline - min(reserve_s, _MAX_RESERVE_SHARE * seconds)
@@ -308,6 +309,8 @@ class ProblemSearch:
             baselines=choice.baselines if choice else {},
             tied=choice.tied if choice else (),
             wall_s=time.monotonic() - self._start,
+            compile_s=self._pool.busy_s - self._compile_from_s,
+            measure_s=self._evaluator.busy_s - self._measure_from_s,
             note=note,
         )
 

@@ -53,7 +53,8 @@ def tune(
     Args:
         problems: what to tune; a problem, or its text (`b=4 hq=32 hkv=8 sq=4096 sk=4096 d=128 causal bf16`).
         target: rank by the model for this GPU, which need not be here.
-        device: the GPU to measure on, such as `cuda:0`, or `cpu` for none; by default the first GPU there is.
+        device: the GPU to measure on, such as `cuda:0`; several of one kind, such as `cuda:0,cuda:1`, or `all`, share
+            the candidates; `cpu` for none; by default the first GPU there is.
         effort: `check` (the seeds), `quick` or `full`.
         budget_s: wall-clock seconds for all problems together, compiling included; by default the effort's own limit.
         seed: of the search.
@@ -109,39 +110,60 @@ def plan_run(
     """
     if budget_s is not None and budget_s <= 0:
         raise InputError(f"the budget must be above 0 seconds, got {budget_s:g}")
-    gpu = _gpu(target, device)
-    where = detect_target(torch.device(gpu)) if gpu else target or named_target("H200")
+    gpus = _gpus(target, device)
+    where = _kind(gpus) if gpus else target or named_target("H200")
     return Run(
         target=where,
-        gpu=gpu,
+        gpus=gpus,
         effort=effort,
         budget_s=budget_s,
         seed=seed,
         folder=registry or user_registry_dir(),
         study=study or default_study(where),
-        workers=workers or default_workers(gpu is not None),
+        workers=workers or default_workers(len(gpus)),
         observer=observer or SilentObserver(),
         jobs=Jobs(),
     )
 
 
-def default_workers(gpu: bool) -> int:
-    """Return how many processes compile: all cores, less one for the measuring process and one for this one."""
+def default_workers(gpus: int) -> int:
+    """Return how many processes compile: all cores, less one for each measuring process and one for this one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - 2) if gpu else cores
+    return max(1, cores - gpus - 1) if gpus else cores
 
 
-def _gpu(target: GpuTarget | None, device: str | None) -> str | None:
+def _gpus(target: GpuTarget | None, device: str | None) -> tuple[str, ...]:
     if target is not None:
         if device not in (None, "cpu"):
             raise InputError(f"give a target or a device, not both: got {target} and {device!r}")
-        return None
-    if device == "cpu" or (device is None and not torch.cuda.is_available()):
-        return None
-    name = device or "cuda:0"
+        return ()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device is None and not count):
+        return ()
+    every = [f"cuda:{index}" for index in range(max(count, 1))]
+    names = every if device == "all" else (device or "cuda:0").split(",")
+    return tuple(dict.fromkeys(_gpu(name.strip(), count) for name in names))
+
+
+def _gpu(name: str, count: int) -> str:
     index = name.removeprefix("cuda").removeprefix(":") or "0"
     if not name.startswith("cuda") or not index.isdecimal():
-        raise InputError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
-    if int(index) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r} is not here; there are {torch.cuda.device_count()} GPUs")
+        raise InputError(
+            f"device must be 'cpu', 'cuda', 'cuda:N', several such as 'cuda:0,cuda:1', or 'all'; got {name!r}"
+        )
+    if int(index) >= count:
+        raise InputError(f"device {name!r} is not here; there are {count} GPUs")
     return f"cuda:{index}"
+
+
+def _kind(gpus: typing.Sequence[str]) -> GpuTarget:
+    """Return what the GPUs are.
+
+    Raises:
+        InputError: if they are not all the same.
+    """
+    first, *others = ((gpu, detect_target(torch.device(gpu))) for gpu in gpus)
+    for gpu, target in others:
+        if target != first[1]:
+            raise InputError(f"{first[0]} is {first[1]} and {gpu} is {target}: tune for one kind of GPU at a time")
+    return first[1]

@@ -61,6 +61,8 @@ class Finished(typing.Generic[TaskId]):
 class Worker:
     """One process that answers one request at a time; it starts with the first and restarts after it died.
 
+    `busy_s` has the seconds that requests took so far, the starts of processes included.
+
     On Linux a worker dies with the *thread* that started it: call from a thread that lives as long as the tuning.
     """
 
@@ -84,6 +86,7 @@ class Worker:
             start_timeout_s: deadline of starting and `setup` together; a request's own deadline begins after it.
         """
         self.name = name
+        self.busy_s = 0.0
         self._setup = None if setup is None else _pack(setup, setup_args)
         self._env = dict(env or {})
         self._start_timeout_s = start_timeout_s
@@ -91,6 +94,7 @@ class Worker:
         self._request = b""
         self._timeout_s = 0.0
         self._deadline: float | None = None
+        self._began = 0.0
         self._starting = False
 
     @property
@@ -121,14 +125,16 @@ class Worker:
         """
         self.begin(pack_request(function, *args), timeout_s=timeout_s)
         try:
-            while True:
-                multiprocessing.connection.wait([self.connection] if self.connection else [], self.seconds_left)
-                outcome = self.advance()
-                if outcome is not None:
-                    return outcome
+            while (outcome := self.advance()) is None:
+                self.wait()
+            return outcome
         except BaseException:
             self.kill()
             raise
+
+    def wait(self) -> None:
+        """Return when `advance` has something to do."""
+        multiprocessing.connection.wait([self.connection] if self.connection else [], self.seconds_left)
 
     def begin(self, request: bytes, *, timeout_s: float) -> None:
         """Send what `pack_request` made, starting the process if there is none; `advance` tells how it ended."""
@@ -136,6 +142,7 @@ class Worker:
             raise WorkerError(f"{self.name} is busy; wait for its outcome first")
         self._request, self._timeout_s = request, timeout_s
         self._starting = self._process is None
+        self._began = time.monotonic()
         self._deadline = time.monotonic() + (self._start_timeout_s if self._starting else timeout_s)
         if self._process is None:
             self._process = WorkerProcess(self._setup, self._env)
@@ -157,7 +164,7 @@ class Worker:
             self._deadline = time.monotonic() + self._timeout_s
             self._send()
             return None
-        self._deadline = None
+        self._stop_clock()
         if self._starting:
             self.kill()
             return WorkerFailure(kind="error", detail=f"{self.name} could not be set up: {reply}", at_start=True)
@@ -165,10 +172,15 @@ class Worker:
 
     def kill(self) -> None:
         """End the process and its children at once; the next request starts a new one."""
-        self._deadline = None
+        self._stop_clock()
         if self._process is not None:
             process, self._process = self._process, None
             process.kill()
+
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self.busy_s += time.monotonic() - self._began
+            self._deadline = None
 
     def _send(self) -> None:
         assert self._process is not None
@@ -213,6 +225,11 @@ class Pool(typing.Generic[TaskId]):
     def size(self) -> int:
         """How many workers there are."""
         return len(self._workers)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the workers have spent on tasks so far, their mean."""
+        return sum(worker.busy_s for worker in self._workers) / len(self._workers)
 
     @property
     def connections(self) -> list[Connection]:

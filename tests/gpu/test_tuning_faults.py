@@ -33,7 +33,7 @@ GRADIENTS = parse_problem("b=1 hq=4 hkv=2 s=256 d=64 causal bias=fp32 fp16 backw
 FAULTS = {
     "illegal access": ("run", "the GPU context is lost"),
     "wrong result": ("accuracy", "at "),
-    "hang": ("run", "timeout: measuring process killed after"),
+    "hang": ("run", "timeout: measuring process on cuda:0 killed after"),
     "too much memory": ("run", "out of device memory"),
     "abort": ("run", "died of SIGABRT"),
 }
@@ -76,7 +76,7 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tune]:
         (tmp_path / "plan.json").write_text(json.dumps(words))
         report = Run(
             target=detect_target(torch.device("cuda:0")),
-            gpu="cuda:0",
+            gpus=("cuda:0",),
             effort=EFFORT,
             budget_s=None,
             seed=0,

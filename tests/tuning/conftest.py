@@ -67,7 +67,7 @@ class Bench:
     def prepared(
         self,
         *,
-        gpu: str | None = "planted:0",
+        gpu: str | tuple[str, ...] | None = "planted:0",
         trials: int = 4,
         jobs: Jobs | None = None,
         observer: Observer | None = None,
@@ -80,7 +80,7 @@ class Bench:
         """Return a run."""
         return Run(
             target=H200,
-            gpu=gpu,
+            gpus=(gpu,) if isinstance(gpu, str) else gpu or (),
             effort=Effort(trials=trials, finalists=3, final_ms=1.0, seconds=60.0, seeds_only=seeds_only),
             budget_s=budget_s,
             seed=0,

@@ -31,6 +31,18 @@ def states(bench: typing.Any) -> list[TrialState]:
     return [t.state for study in storage.get_all_studies() for t in storage.get_all_trials(study._study_id)]
 
 
+def test_a_gpu_that_hangs_does_not_keep_the_others(bench):
+    hangs = bench.seeds[0]
+    bench.plan(evaluate={hangs: "hang"})
+    result = only(bench.run(gpu=("planted:0", "planted:1"), trials=6))
+    assert set(bench.calls("start")) == {"planted:0", "planted:1"}
+    assert sorted(bench.calls("evaluate")) == sorted(str(trial.config) for trial in result.trials)
+    last = result.trials[-1]
+    assert last.config == hangs
+    assert "timeout: measuring process on planted:" in last.result.reason
+    assert sum(isinstance(trial.result, Timing) for trial in result.trials) == 5
+
+
 def test_every_fault_costs_one_trial_and_none_wins(bench):
     seeds = bench.seeds
     evaluated = dict(zip(seeds[:10], FAULTS, strict=True))
@@ -50,10 +62,10 @@ def test_every_fault_costs_one_trial_and_none_wins(bench):
     assert refused.keys() == evaluated.keys() | compiled.keys()
     said = {seeds.index(config): f"{r.stage}: {r.reason}" for config, r in refused.items()}
     for index, words in {
-        0: "run: timeout: measuring process killed after 2",
-        1: "run: timeout: measuring process killed after 2",
-        2: "run: crashed: measuring process died of SIGABRT",
-        3: "run: crashed: measuring process exited with code 7",
+        0: "run: timeout: measuring process on planted:0 killed after 2",
+        1: "run: timeout: measuring process on planted:0 killed after 2",
+        2: "run: crashed: measuring process on planted:0 died of SIGABRT",
+        3: "run: crashed: measuring process on planted:0 exited with code 7",
         4: "run: error: MemoryError: planted",
         5: "run: error: RuntimeError: planted",
         6: "run: error: SystemExit: 3",
@@ -165,7 +177,9 @@ def test_a_gpu_that_recovers_late_costs_no_trial(bench):
 
 def test_a_gpu_that_is_gone_blames_no_config(bench):
     bench.plan(start={"planted:0": "exit"})
-    with pytest.raises(FlashgenError, match=r"measuring process exited with code 7 while it started.*run the same"):
+    with pytest.raises(
+        FlashgenError, match=r"measuring process on planted:0 exited with code 7 while it started.*run the same"
+    ):
         bench.run()
     assert TrialState.COMPLETE not in states(bench)
     bench.plan()
@@ -204,7 +218,7 @@ def test_a_bias_that_has_no_right_gradient_is_said(backward):
     backward.plan(confirm=dict.fromkeys(backward.seeds[:3], "abort"))
     result = only(backward.run(trials=3))
     assert result.entry is None
-    assert "with dbias, crashed: measuring process died of SIGABRT" in result.note
+    assert "with dbias, crashed: measuring process on planted:0 died of SIGABRT" in result.note
 
 
 def test_deterministic_gradients_are_never_added_in_any_order(backward):

@@ -26,6 +26,7 @@ from flashgen.tuning import SilentObserver, tune
 from flashgen.tuning.effort import EFFORTS, effort_named
 from flashgen.tuning.events import TrialRecord
 from flashgen.tuning.journal import open_storage
+from flashgen.tuning.session import plan_run
 
 H200 = named_target("H200")
 SMALL = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
@@ -320,7 +321,7 @@ def test_ctrl_c_of_the_process_saves_and_says_so(bench):
         ({"effort": "max"}, "allowed: check, quick, full"),
         ({"budget_s": 0.0}, "above 0 seconds"),
         ({"device": "cuda:0", "target": H200}, "not both"),
-        ({"device": "tpu"}, "'cuda:N', got 'tpu'"),
+        ({"device": "tpu"}, "or 'all'; got 'tpu'"),
     ],
     ids=["problems", "text", "effort", "budget", "device and target", "device"],
 )
@@ -328,6 +329,44 @@ def test_bad_calls_are_refused(tmp_path, call, words):
     with pytest.raises(InputError, match=words):
         tune(**{"problems": [SMALL], "registry": tmp_path, "study": str(tmp_path / "study"), **call})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (None, ("cuda:0",)),
+        ("cuda", ("cuda:0",)),
+        ("cuda:1,cuda:0,cuda:1", ("cuda:1", "cuda:0")),
+        ("all", ("cuda:0", "cuda:1")),
+        ("cpu", ()),
+    ],
+)
+def test_several_gpus_of_one_kind_are_taken(two_gpus, tmp_path, device, expected):
+    run = planned(tmp_path, device)
+    assert run.gpus == expected
+    assert run.target == H200
+
+
+def test_gpus_of_two_kinds_or_none_are_refused(two_gpus, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="'cuda:2' is not here; there are 2 GPUs"):
+        planned(tmp_path, "cuda:0,cuda:2")
+    kinds = {0: H200, 1: named_target("A100")}
+    monkeypatch.setattr("flashgen.tuning.session.detect_target", lambda device: kinds[device.index])
+    with pytest.raises(InputError, match="one kind of GPU at a time"):
+        planned(tmp_path, "all")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("flashgen.tuning.session.detect_target", lambda device: H200)
+
+
+def planned(folder, device):
+    effort = effort_named("check")
+    where = {"registry": folder, "study": str(folder / "study"), "workers": None, "observer": None}
+    return plan_run(target=None, device=device, effort=effort, budget_s=None, seed=0, **where)
 
 
 def test_efforts_grow():
