@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import typing
 
@@ -10,8 +11,8 @@ from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardCo
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
-from flashgen.search_space import load_space
-from flashgen.spec import Problem
+from flashgen.search_space import LegalSpace, load_space
+from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.effort import Effort
 
@@ -53,7 +54,7 @@ def find_choices(
     spec = problem.spec
     default, *others = _default_configs(problem, target)
     guesses = _guesses(default, others)
-    spaces = {template: load_space(template).legal(spec, target) for template in templates_of(spec.phase)}
+    spaces = {template: _legal_space(template, spec, target) for template in templates_of(spec.phase)}
     winners = dict.fromkeys(_fitting(winners, problem))
     legal = [config for config in winners if not check_config(config, spec, target)]
     seeds: tuple[KernelConfig, ...] = ()
@@ -93,6 +94,12 @@ def kept_choices(problem: Problem, target: GpuTarget, kept: typing.Iterable[Kern
     # Sorted: whoever was faster the last time, it is the same study.
     configs = sorted(seeds, key=lambda config: (config.template, config))
     return Choices(configs=tuple(configs), seeds=seeds, default=default)
+
+
+@functools.lru_cache(maxsize=4)
+def _legal_space(template: str, spec: AttentionSpec, target: GpuTarget) -> LegalSpace:
+    # Tens of thousands of configs, a second's work; lengths of one spec follow each other.
+    return load_space(template).legal(spec, target)
 
 
 def _fitting(configs: typing.Iterable[KernelConfig], problem: Problem) -> typing.Iterator[KernelConfig]:

@@ -58,11 +58,7 @@ class Evaluator(typing.Protocol):
         """Seconds that it has worked so far; where several GPUs did, their mean."""
 
     def start(self) -> None:
-        """Get ready, so that no problem's time is spent on it.
-
-        Raises:
-            FlashgenError: if nothing can be evaluated at all.
-        """
+        """Begin to get ready, beside the compiling of the first candidates; never waits."""
 
     def submit(self, number: int, problem: Problem, config: KernelConfig, report: CompileReport) -> None:
         """Queue a compiled candidate."""

@@ -49,28 +49,23 @@ class GpuEvaluator:
         # Sent one by one, so that each has the best time so far and its own deadline.
         self._queue: collections.deque[_Candidate] = collections.deque()
         self._current: dict[MeasuringProcess, _Candidate] = {}
+        self._starting: set[MeasuringProcess] = set()
         self._best_us: float | None = None
         self._problem: Problem | None = None
 
     @property
     def connections(self) -> list[Connection]:
-        return [process.connection for process in self._current if process.connection]
+        busy = (*self._current, *self._starting)
+        return [process.connection for process in busy if process.connection]
 
     @property
     def busy_s(self) -> float:
         return sum(process.busy_s for process in self._processes) / len(self._processes)
 
     def start(self) -> None:
-        waiting = set(self._processes)
         for process in self._processes:
             process.begin_start()
-        while waiting:
-            multiprocessing.connection.wait([p.connection for p in waiting if p.connection], _TICK_S)
-            ended = {process: outcome for process in waiting if (outcome := process.advance())}
-            waiting -= ended.keys()
-            for process, outcome in ended.items():
-                if isinstance(outcome, WorkerFailure):
-                    raise FlashgenError(f"{process.device} cannot be measured on: {failure_reason(outcome)}")
+        self._starting.update(self._processes)
 
     def submit(self, number: int, problem: Problem, config: KernelConfig, report: CompileReport) -> None:
         if problem != self._problem:
@@ -79,15 +74,24 @@ class GpuEvaluator:
         self._feed()
 
     def collect(self) -> list[tuple[int, Outcome]]:
+        self._see_started()
         ended = [(process, outcome) for process in self._current if (outcome := process.advance())]
         outcomes = [(self._current.pop(process), process, outcome) for process, outcome in ended]
         judged = [(number, self._judged(process, problem, o)) for (number, problem, _), process, o in outcomes]
         self._feed()
         return judged
 
+    def _see_started(self) -> None:
+        for process in tuple(self._starting):
+            outcome = process.advance()
+            if isinstance(outcome, WorkerFailure):
+                raise FlashgenError(f"{process.device} cannot be measured on: {failure_reason(outcome)}")
+            if outcome is not None:
+                self._starting.remove(process)
+
     def _feed(self) -> None:
         for process in self._processes:
-            if self._queue and process not in self._current:
+            if self._queue and process not in self._current and process not in self._starting:
                 candidate = self._queue.popleft()
                 _, problem, config = self._current[process] = candidate
                 process.begin_evaluation(problem, config, self._best_us)
@@ -169,6 +173,9 @@ class GpuEvaluator:
 
     def _call(self, function: str, problem: Problem, *args: object, longer: float = 1.0) -> WorkerOutcome:
         self.cancel()
+        while self._processes[0] in self._starting:
+            multiprocessing.connection.wait(self.connections, _TICK_S)
+            self._see_started()
         return self._processes[0].call(function, problem, *args, longer=longer)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import math
 import random
 import typing
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -19,6 +20,9 @@ from flashgen.tuning.spread import boxes_of, spread_keys
 
 _MAX_SPREAD_DRAWS = 256
 _WORD_DISTANCE = 2  # another word counts as much as this many steps of a number
+# Numbers of one template say little of another's: more than any steps within one.
+_OTHER_TEMPLATE = 1 << 20
+_TRIED = 1 << 30
 # Frozen from benchmarks/search/replay.py: a neighbour is one of so many of the best, each half as likely as the one
 # before it, with one number changed, with this probability another one, and so on.
 _BEST = 10
@@ -68,12 +72,13 @@ class UntriedNeighbourSampler(BaseSampler):
         if any(config.template not in templates for config in seeds):
             raise ConfigError(f"every seed must be a config of {' or '.join(templates)}")
         self._keys = {self.space.key(config): index for index, config in enumerate(self.space.configs)}
-        self._coordinates = [self.space.coordinates(key) for key in self._keys]
-        self._is_word = are_words(self.space)
+        self._coordinates = np.array([self.space.coordinates(key) for key in self._keys])
+        self._is_word = np.array(are_words(self.space))
         self._template = list(self.space.choices).index(TEMPLATE) if TEMPLATE in self.space.choices else None
-        self._tie_break = list(range(len(self._keys)))
         rng = random.Random(seed)
-        rng.shuffle(self._tie_break)
+        tie_break = list(range(len(self._keys)))
+        rng.shuffle(tie_break)
+        self._tie_break = np.array(tie_break)
         self._shift = [rng.random() for _ in self.space.choices]
         self._boxes = boxes_of(self.space, rng)
         self._seeds = list(dict.fromkeys(self._index_of(self.space.key(seed)) for seed in seeds))
@@ -98,10 +103,9 @@ class UntriedNeighbourSampler(BaseSampler):
             SpaceExhausted: if there is none left.
         """
         tried = self._tried(study)
-        untried = [index for index in range(len(self._keys)) if index not in tried]
-        if not untried:
+        if len(tried) == len(self._keys):
             raise SpaceExhausted(f"all {len(self._keys)} legal configs have been tried; stop, or widen the space")
-        index = self._propose(study, trial, tried, untried)
+        index = self._propose(study, trial, tried)
         self._proposed[trial.number] = index
         return dict(zip(self.space.choices, self.space.key(self.space.configs[index]), strict=True))
 
@@ -128,15 +132,15 @@ class UntriedNeighbourSampler(BaseSampler):
                 tried.add(index)
         return tried
 
-    def _propose(self, study: optuna.Study, trial: FrozenTrial, tried: set[int], untried: list[int]) -> int:
+    def _propose(self, study: optuna.Study, trial: FrozenTrial, tried: set[int]) -> int:
         for index in self._seeds:
             if index not in tried:
                 return index
         if len(tried) >= self._n_guided_from and (best := self._best_trials(study)):
             # Of trials asked for before any is told, each goes its own way; a resumed study goes the same.
             rng = random.Random(f"{self._seed} {trial.number}")
-            return self._nearest(self._neighbour(best, rng), untried)
-        return self._next_spread(tried, untried)
+            return self._nearest(self._neighbour(best, rng), tried)
+        return self._next_spread(tried)
 
     def _best_trials(self, study: optuna.Study) -> list[FrozenTrial]:
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -160,7 +164,7 @@ class UntriedNeighbourSampler(BaseSampler):
             key[axis] = rng.choice(others[axis])
         return tuple(key)
 
-    def _next_spread(self, tried: set[int], untried: list[int]) -> int:
+    def _next_spread(self, tried: set[int]) -> int:
         """Return the first untried legal point of the spread; failing that, the neighbour of the last one drawn."""
         key: Values = ()
         points = spread_keys(self._boxes, self._shift, self._keys)
@@ -168,22 +172,19 @@ class UntriedNeighbourSampler(BaseSampler):
             index = self._keys.get(key)
             if index is not None and index not in tried:
                 return index
-        return self._nearest(key, untried)
+        return self._nearest(key, tried)
 
     def _index_of(self, key: Values) -> int:
         index = self._keys.get(key)
-        return self._nearest(key, self._keys.values()) if index is None else index
+        return self._nearest(key, ()) if index is None else index
 
-    def _nearest(self, key: Values, candidates: typing.Iterable[int]) -> int:
-        place = self.space.coordinates(key)
-
-        def distance(index: int) -> tuple[bool, int, int]:
-            axes = zip(self._is_word, place, self._coordinates[index], strict=True)
-            steps = sum(_WORD_DISTANCE * (a != b) if word else abs(a - b) for word, a, b in axes)
-            # Numbers of one template say little of another's.
-            other_template = (
-                self._template is not None and place[self._template] != (self._coordinates[index][self._template])
-            )
-            return other_template, steps, self._tie_break[index]
-
-        return min(candidates, key=distance)
+    def _nearest(self, key: Values, tried: typing.Collection[int]) -> int:
+        """Return the config not in `tried` that is the fewest steps from `key`."""
+        place = np.array(self.space.coordinates(key))
+        other = self._coordinates != place
+        steps = np.where(self._is_word, _WORD_DISTANCE * other, np.abs(self._coordinates - place)).sum(axis=1)
+        if self._template is not None:
+            steps += _OTHER_TEMPLATE * other[:, self._template]
+        steps[list(tried)] = _TRIED
+        nearest = np.flatnonzero(steps == steps.min())
+        return int(nearest[self._tie_break[nearest].argmin()])
