@@ -11,7 +11,7 @@ from flashgen.compile import CompileReport
 from flashgen.errors import FlashgenError
 from flashgen.measure import Outcome, Rejected, Timing
 from flashgen.registry import Origin
-from flashgen.spec import Problem
+from flashgen.spec import AttentionSpec, Problem
 from flashgen.tuning.study import Tried
 from flashgen.tuning.workers import WorkerFailure
 
@@ -75,6 +75,9 @@ class Evaluator(typing.Protocol):
 
     def final(self, problem: Problem, finalists: typing.Sequence[Tried], target_ms: float, seed: int) -> Final:
         """Compare the best once more, with care."""
+
+    def confirmed_as(self, spec: AttentionSpec) -> AttentionSpec | None:
+        """Return the spec whose code `confirm` will need compiled, or None."""
 
     def confirm(self, problem: Problem, tried: Tried) -> Tried | Rejected:
         """Return a config that is to win, with its accuracy, or why it must not."""

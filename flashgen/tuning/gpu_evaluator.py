@@ -13,11 +13,12 @@ from flashgen.compile import CompileReport
 from flashgen.errors import FlashgenError
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
 from flashgen.registry import Origin
-from flashgen.spec import Phase, Problem
+from flashgen.spec import AttentionSpec, Phase, Problem
 from flashgen.tuning.evaluators import Final, failure_reason, times_longer
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.measuring import MeasuringProcess
 from flashgen.tuning.study import Tried
+from flashgen.tuning.variants import confirmed_variant
 from flashgen.tuning.workers import Outcome as WorkerOutcome
 from flashgen.tuning.workers import WorkerFailure
 
@@ -157,6 +158,9 @@ class GpuEvaluator:
             ):
                 return timings, others
         return f"in the final comparison, the measurement returned {outcome.value!r}"[:1000]
+
+    def confirmed_as(self, spec: AttentionSpec) -> AttentionSpec | None:
+        return confirmed_variant(spec)
 
     def confirm(self, problem: Problem, tried: Tried) -> Tried | Rejected:
         """Check the variant that writes more: it is other code, and the registry's key covers it."""

@@ -32,6 +32,7 @@ from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.awkward import awkward_for
 from flashgen.tuning.gpu_cases import Case, make_case
+from flashgen.tuning.variants import confirmed_variant
 
 _FIRST_LAUNCHES = 3
 _RUNG_ROUNDS = 2
@@ -95,13 +96,9 @@ def confirm(problem: Problem, config: KernelConfig) -> Rejected | None:
 
     It is other code, which the registry's key covers: a forward pass that also writes lse, gradients of a bias.
     """
-    spec = problem.spec
-    if spec.phase == "forward":
-        variant = dataclasses.replace(spec, lse=True)
-    elif spec.bias in ("none", "bool"):
+    variant = confirmed_variant(problem.spec)
+    if variant is None:
         return None
-    else:
-        variant = dataclasses.replace(spec, dbias=True)
     with _ending_if_the_context_is_lost():
         return check_awkward(dataclasses.replace(problem, spec=variant), config)
 

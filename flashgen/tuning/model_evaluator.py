@@ -12,7 +12,7 @@ from flashgen.codegen.constraints import interpreter_refusal
 from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected, Timing, predict_us
 from flashgen.registry import Origin
-from flashgen.spec import Problem
+from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.evaluators import Final, failure_reason
 from flashgen.tuning.jobs import Jobs
@@ -76,6 +76,9 @@ class ModelEvaluator:
             noise=0.0,
             refused={config: c.reason for config, c in checked.items() if isinstance(c, Rejected)},
         )
+
+    def confirmed_as(self, spec: AttentionSpec) -> AttentionSpec | None:
+        return None
 
     def confirm(self, problem: Problem, tried: Tried) -> Tried | Rejected:
         self._check(problem, [tried.config])

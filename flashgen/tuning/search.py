@@ -29,6 +29,8 @@ _PATIENCE_SHARE = 0.5
 # Timings of the search are taken apart from each other.
 _NOISE_WITHOUT_RACE = 0.05
 _CHECKED_ON_INTERRUPT = 3
+# In place of a trial's number: only Triton's cache is to know.
+_COMPILED_AHEAD = -1
 
 _BinaryKey = tuple[str, KernelResources, KernelConfig]
 
@@ -150,6 +152,8 @@ class ProblemSearch:
 
     def _compiled(self, finished: Finished[int]) -> None:
         number, outcome = finished.task_id, finished.outcome
+        if number == _COMPILED_AHEAD:
+            return
         config = self._compiling.pop(number)
         if isinstance(outcome, WorkerFailure):
             self._record(number, config, None, Rejected(stage="compile", reason=failure_reason(outcome)))
@@ -260,11 +264,19 @@ class ProblemSearch:
             finalists = ranked[: self.task.effort.finalists]
             finalists += [t for t in ranked[len(finalists) :] if t.config == self.task.default]
             self._observer.stage(f"comparing the best {len(finalists)}")
+            self._compile_ahead(finalists)
             final = self._evaluator.final(self.task.problem, finalists, self.task.effort.final_ms, self.task.seed)
             choice = self._settle(finalists, final)
             if choice is not None or time.monotonic() > self.task.deadline:
                 return choice
         return None
+
+    def _compile_ahead(self, finalists: typing.Sequence[Tried]) -> None:
+        """Have what the winner is confirmed with compiled while the finalists are raced."""
+        spec = self._evaluator.confirmed_as(self.task.problem.spec)
+        for tried in finalists if spec else ():
+            job = (self._jobs.compile, spec, tried.config, self.task.target)
+            self._pool.submit(_COMPILED_AHEAD, *job, timeout_s=self._jobs.compile_timeout_s)
 
     def _best_so_far(self) -> Choice | None:
         """Return the best by the timings of the search; None if there is none, or at another Ctrl-C."""

@@ -61,8 +61,6 @@ class Finished(typing.Generic[TaskId]):
 class Worker:
     """One process that answers one request at a time; it starts with the first and restarts after it died.
 
-    `busy_s` has the seconds that requests took so far, the starts of processes included.
-
     On Linux a worker dies with the *thread* that started it: call from a thread that lives as long as the tuning.
     """
 
@@ -86,7 +84,6 @@ class Worker:
             start_timeout_s: deadline of starting and `setup` together; a request's own deadline begins after it.
         """
         self.name = name
-        self.busy_s = 0.0
         self._setup = None if setup is None else _pack(setup, setup_args)
         self._env = dict(env or {})
         self._start_timeout_s = start_timeout_s
@@ -95,12 +92,18 @@ class Worker:
         self._timeout_s = 0.0
         self._deadline: float | None = None
         self._began = 0.0
+        self._ended_s = 0.0
         self._starting = False
 
     @property
     def busy(self) -> bool:
         """Whether a request is under way."""
         return self._deadline is not None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that requests have taken so far, starts of the process and the one under way included."""
+        return self._ended_s + (time.monotonic() - self._began if self.busy else 0.0)
 
     @property
     def pid(self) -> int | None:
@@ -178,9 +181,7 @@ class Worker:
             process.kill()
 
     def _stop_clock(self) -> None:
-        if self._deadline is not None:
-            self.busy_s += time.monotonic() - self._began
-            self._deadline = None
+        self._ended_s, self._deadline = self.busy_s, None
 
     def _send(self) -> None:
         assert self._process is not None

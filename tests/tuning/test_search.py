@@ -92,6 +92,7 @@ class InstantPool:
     """Compiles at once, as `reports` say; configs in `stuck` never end."""
 
     size = 2
+    busy_s = 0.0
     connections: typing.ClassVar[list[typing.Any]] = []
 
     def __init__(self) -> None:
@@ -132,6 +133,7 @@ class FakeClock:
     origin = "measured"
     timing = "fake"
     reserve_s = 0.5
+    busy_s = 0.0
     connections: typing.ClassVar[list[typing.Any]] = []
 
     def __init__(self) -> None:
@@ -174,6 +176,9 @@ class FakeClock:
         self._maybe_interrupt("final")
         self.finals.append([t.config for t in finalists])
         return final_of(finalists, noise=0.01)
+
+    def confirmed_as(self, spec):
+        return None
 
     def confirm(self, problem, candidate: Tried) -> Tried | Rejected:
         self._maybe_interrupt("confirm")

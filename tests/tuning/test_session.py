@@ -369,6 +369,19 @@ def planned(folder, device):
     return plan_run(target=None, device=device, effort=effort, budget_s=None, seed=0, **where)
 
 
+def test_what_the_winner_is_confirmed_with_is_compiled_while_the_best_are_raced(bench):
+    (result,) = bench.run(trials=6).results
+    assert result.entry is not None
+    finalists = {result.entry.config, *(runner_up.config for runner_up in result.entry.runners_up)}
+    # The last ones may not have begun when all was over.
+    ahead = bench.calls("ahead: compile")
+    assert ahead
+    assert set(ahead) <= {str(config) for config in finalists}
+    assert len(result.trials) == len(bench.calls("compile")) == 6
+    assert result.wall_s > result.compile_s > 0
+    assert result.wall_s > result.measure_s > 0
+
+
 def test_efforts_grow():
     levels = [effort_named(name) for name in ("check", "quick", "full")]
     assert levels == list(EFFORTS.values())
