@@ -216,3 +216,18 @@ def test_the_command(tmp_path: Path) -> None:
     same = [row for row in document["entries"] if row["chosen"] == row["winner"]]
     assert document["summary"]["timed"] == len(same) < document["summary"]["entries"]
     assert all(row["regret"] == 0 for row in same)
+
+
+@pytest.mark.gpu
+def test_recording(tmp_path: Path) -> None:
+    path = tmp_path / "races.jsonl"
+    command = [sys.executable, str(FOLDER / "leave_one_out.py"), "--record", str(path), "--target-ms", "5", "--json"]
+    match = ["--match", "b=1 hq=16 hkv=16 sq=512 sk=512 forward d=64 full"]
+    told = subprocess.run([*command, *match], capture_output=True, text=True, check=True)
+    document = json.loads(told.stdout)
+    assert document["summary"]["timed"] == document["summary"]["entries"]
+    raced = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(not race["failures"] and min(us for _, us in race["us"]) > 0 for race in raced)
+    size = path.stat().st_size
+    subprocess.run([*command, *match], capture_output=True, text=True, check=True)
+    assert path.stat().st_size == size
