@@ -57,6 +57,7 @@ def selection_document(selection: Selection) -> dict[str, object]:
         "origin": selection.origin,
         "distance": selection.distance,
         "differences": list(selection.differences),
+        "change": selection.change,
         "file": str(selection.path) if selection.path else None,
         "entry": selection.entry.as_dict() if selection.entry else None,
         "spread_us": selection.entry.performance.spread_us if selection.entry else None,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flashgen.codegen import KernelConfig, is_current
 from flashgen.codegen.constraints import check_config, shape_refusal
-from flashgen.dispatch.distance import same_regime, shape_distance
+from flashgen.dispatch.carrying import carried
+from flashgen.dispatch.distance import same_occupancy, same_regime, shape_distance
 from flashgen.dispatch.features import feature_gap, shown_spec
 from flashgen.dispatch.selection import RUNGS, Refusal, Rung, Selection
 from flashgen.errors import ConfigError, NoKernelError
@@ -33,6 +34,7 @@ class _Candidate:
     entry: RegistryEntry | None = None
     path: Path | None = None
     differences: tuple[str, ...] = ()
+    change: str = ""
 
 
 def select(
@@ -49,7 +51,7 @@ def select(
     After these come heuristics and a safe default; `RUNGS` lists them all. Within a rung the nearer entry wins, then
     the earlier in the search path. Entries for another mask or other features come after those of another device,
     which ran the very code that is asked for under the same limits of registers and shared memory, and before
-    predictions, which ran nowhere.
+    predictions, which ran nowhere. Of an entry for other sizes or features runs what `carrying` makes of it.
 
     Args:
         software: versions at hand; entries measured under others rank lower.
@@ -105,33 +107,53 @@ class _Ladder:
         """
         refused: list[Refusal] = []
         for rank, candidate in enumerate(candidates):
-            reason = self._refusal(candidate)
-            if reason is None:
-                refused += [_ranks_lower(other) for other in candidates[rank + 1 :] if other.entry]
-                return Selection(
-                    problem=self.problem,
-                    target=self.target,
-                    config=candidate.config,
-                    rung=candidate.rung,
-                    entry=candidate.entry,
-                    path=candidate.path,
-                    distance=candidate.distance,
-                    differences=candidate.differences,
-                    refused=(*self.refused, *_shortened(refused, listed), *map(_ranks_lower, below)),
-                )
+            reason = None
+            for reading in self._readings(candidate, candidates):
+                reason = self._refusal(reading)
+                if reason is None:
+                    refused += [_ranks_lower(other) for other in candidates[rank + 1 :] if other.entry]
+                    return self._selection(reading, (*_shortened(refused, listed), *map(_ranks_lower, below)))
+            assert reason is not None
             refused.append(Refusal(candidate=candidate.label, reason=reason))
         self.refused += _shortened(refused, listed)
         return None
 
+    def _selection(self, candidate: _Candidate, refused: tuple[Refusal, ...]) -> Selection:
+        return Selection(
+            problem=self.problem,
+            target=self.target,
+            config=candidate.config,
+            rung=candidate.rung,
+            entry=candidate.entry,
+            path=candidate.path,
+            distance=candidate.distance,
+            differences=candidate.differences,
+            change=candidate.change,
+            refused=(*self.refused, *refused),
+        )
+
+    def _readings(
+        self, candidate: _Candidate, candidates: collections.abc.Sequence[_Candidate]
+    ) -> collections.abc.Iterator[_Candidate]:
+        """Yield what the candidate says for the problem, then its config as it is, where that differs.
+
+        An entry whose config cannot compute the problem says nothing.
+        """
+        if candidate.entry is not None and not self._illegal(candidate.config):
+            opposite = _opposite(candidate, candidates, self.problem)
+            found = carried(candidate.entry, self.problem, self.target, opposite)
+            if found.config != candidate.config:
+                yield dataclasses.replace(candidate, config=found.config, change=found.change)
+        yield candidate
+
+    def _illegal(self, config: KernelConfig) -> str | None:
+        reasons = check_config(config, self.problem.spec, self.target)
+        return _first(reasons) or shape_refusal(config, self.problem.shape)
+
     def _refusal(self, candidate: _Candidate) -> str | None:
         # Whether an entry for another spec is current is asked last of all: that renders the code of its spec.
         stale = is_stale(candidate.entry) if candidate.entry and candidate.rung == "other features" else None
-        return (
-            stale
-            or _first(check_config(candidate.config, self.problem.spec, self.target))
-            or shape_refusal(candidate.config, self.problem.shape)
-            or self.usable(candidate.config)
-        )
+        return stale or self._illegal(candidate.config) or self.usable(candidate.config)
 
 
 def _own_candidates(
@@ -156,7 +178,26 @@ def _own_candidates(
             )
         )
     # A stable sort: equals stay in the order of the search path.
-    return sorted(found, key=lambda c: (RUNGS.index(c.rung), c.distance))
+    found.sort(key=lambda c: (RUNGS.index(c.rung), c.distance))
+    return found
+
+
+def _opposite(
+    candidate: _Candidate, ordered: collections.abc.Sequence[_Candidate], problem: Problem
+) -> RegistryEntry | None:
+    """Return the entry that is nearest on the other side of the problem's lengths than a neighbour, if there is one."""
+    side = _side(candidate, problem)
+    if candidate.rung != "nearest" or not side:
+        return None
+    found = (other.entry for other in ordered if other.rung == "nearest" and _side(other, problem) == -side)
+    return next(found, None)
+
+
+def _side(candidate: _Candidate, problem: Problem) -> int:
+    """Return -1 for an entry of fewer keys than the problem's, 1 for one of more, 0 else."""
+    assert candidate.entry is not None
+    keys = candidate.entry.range.seqlen_k
+    return (keys.lo > problem.shape.seqlen_k) - (keys.hi < problem.shape.seqlen_k)
 
 
 def _related_candidates(problem: Problem, target: GpuTarget, registry: Registry) -> list[_Candidate]:
@@ -202,6 +243,8 @@ def _mismatch(entry: RegistryEntry, problem: Problem, target: GpuTarget) -> str 
         return f"compiled for {entry.arch}, not {target.arch}"
     if not entry.range.covers(problem.shape) and not same_regime(entry, problem.shape):
         return "measured in another regime (decode, short, long)"
+    if not entry.range.covers(problem.shape) and not same_occupancy(entry, problem.shape, target.num_sms):
+        return f"measured on a grid that fills {target.num_sms} multiprocessors otherwise than this one"
     return None
 
 

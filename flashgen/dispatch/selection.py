@@ -62,6 +62,7 @@ class Selection:
         path: the entry's file, or None.
         distance: how far the sizes are from what was measured, in powers of two; 0 inside the measured range.
         differences: on the rung `other features`, how the entry's spec differs from the problem's, a phrase each.
+        change: how `config` differs from the entry's own where the entry was measured on other sizes, or empty.
         refused: every other registry entry for the spec, and what failed of the rest, each with the reason. Entries for
             other specs are looked at only where none for the spec can run, and only the first few are listed.
     """
@@ -74,6 +75,7 @@ class Selection:
     path: Path | None = None
     distance: float = 0.0
     differences: tuple[str, ...] = ()
+    change: str = ""
     refused: tuple[Refusal, ...] = ()
 
     @property
@@ -114,6 +116,8 @@ class Selection:
                 ratio = f", {self.runner_up_ratio:.3f}x the time" if self.runner_up_ratio else ""
                 lines.append(f"runner-up {runner_up.config}: {runner_up.median_us:g} us{ratio}")
         lines += [f"differs   {difference}" for difference in self.differences]
+        if self.change and self.entry:
+            lines.append(f"adapted   {self.change}; measured was {self.entry.config}")
         lines += [f"refused   {refusal}" for refusal in self.refused]
         return "\n".join(lines)
 

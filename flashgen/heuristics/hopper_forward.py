@@ -69,8 +69,8 @@ def _usual(problem: Problem) -> list[HopperForwardConfig]:
     if _scores_are_busy(spec):
         return _usual_of_busy_scores(problem)
     if head_dim > _MIDDLE:
-        return _usual_of_wide_heads(long_diagonal=_has_diagonal(spec) and seqlen_k >= _LONG)
-    if not _has_diagonal(spec):
+        return _usual_of_wide_heads(long_diagonal=has_diagonal(spec) and seqlen_k >= _LONG)
+    if not has_diagonal(spec):
         return _usual_of_equal_tiles(head_dim, seqlen_k)
     return _usual_of_narrow_diagonals(seqlen_k) if head_dim <= _NARROW else _usual_of_diagonals(seqlen_k)
 
@@ -149,7 +149,8 @@ def _has_narrow_window(problem: Problem) -> bool:
     return interval is not None and min(interval[1], seqlen_k) - max(interval[0], 0) <= _NARROW_WINDOW
 
 
-def _has_diagonal(spec: AttentionSpec) -> bool:
+def has_diagonal(spec: AttentionSpec) -> bool:
+    """Return whether rows see more keys the later they come."""
     return any(isinstance(leaf, Causal | PrefixLM) for leaf in spec.mask.leaves)
 
 
@@ -157,7 +158,7 @@ def _head_groups(problem: Problem) -> tuple[int, int]:
     """Return how many heads go out together, and how many form one group at the end."""
     spec, shape = problem.spec, problem.shape
     head_dims = spec.head_dim_qk + spec.head_dim_v
-    if not _has_diagonal(spec):
+    if not has_diagonal(spec):
         # Tiles are all alike: one head after the other has the smallest part of K and V in use.
         return (4 if head_dims <= 2 * _NARROW else 1), 0
     head_bytes = max(1, shape.seqlen_k * head_dims * spec.dtype.itemsize // shape.group)

@@ -59,6 +59,15 @@ class MeasuredRange:
         """Return whether every size of `shape` lies inside."""
         return all(getattr(shape, name) in getattr(self, name) for name in RANGE_AXES)
 
+    def smallest(self) -> Shape:
+        """Return the shape of the smallest sizes, which stands for the range.
+
+        Raises:
+            InputError: if these are no shape.
+        """
+        sizes: dict[str, int] = {name: getattr(self, name).lo for name in RANGE_AXES}
+        return Shape(**sizes)
+
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Return (lo, hi) of each axis, in the order of the fields; what ranges are sorted by."""
         return tuple((getattr(self, name).lo, getattr(self, name).hi) for name in RANGE_AXES)

@@ -10,8 +10,7 @@ from flashgen.codegen import KernelConfig
 from flashgen.dispatch import is_stale
 from flashgen.errors import InputError, NoKernelError
 from flashgen.registry import RegistryEntry, file_name, read_file
-from flashgen.registry.entry import RANGE_AXES
-from flashgen.spec import PHASES, Problem, Shape, parse_problem
+from flashgen.spec import PHASES, Problem, parse_problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.choices import Choices, kept_choices
 from flashgen.tuning.effort import EFFORTS
@@ -166,8 +165,7 @@ def problem_of(entry: RegistryEntry) -> Problem:
     Raises:
         InputError: if these are no shape.
     """
-    sizes: dict[str, int] = {name: getattr(entry.range, name).lo for name in RANGE_AXES}
-    return Problem(spec=entry.spec, shape=Shape(**sizes))
+    return Problem(spec=entry.spec, shape=entry.range.smallest())
 
 
 def _parsed(problem: Problem | str) -> Problem:

@@ -46,7 +46,7 @@ def ladder(make_entry: MakeEntry) -> dict[str, RegistryEntry]:
         "other software": make_entry(config=config(2), software=other),
         "nearest": make_entry(8192, config=config(3)),
         "other device": make_entry(config=config(4), device_name="NVIDIA H100 80GB HBM3"),
-        "other features": make_entry(config=config(6), spec=spec_of("full")),
+        "other features": make_entry(config=config(6), spec=spec_of("prefix_lm(64)")),
         "predicted": make_entry(config=config(5), origin="predicted"),
     }
 
@@ -185,7 +185,7 @@ def test_an_entry_for_other_features_is_held_to_its_own_code(
     make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
 ) -> None:
     stale = make_entry(spec=spec_of("full"), digest="0123456789abcdef", config=config(1))
-    fresh = make_entry(spec=spec_of("sliding_window(127,0)"), config=config(2))
+    fresh = make_entry(spec=spec_of("prefix_lm(64)"), config=config(2))
     problem = parse_problem(f"{at(4096)} softcap")
     selection = select(problem, H200, registry=make_registry(stale, fresh), software=software)
     assert (selection.rung, selection.config) == ("other features", config(2))
@@ -195,9 +195,9 @@ def test_an_entry_for_other_features_is_held_to_its_own_code(
 
 
 def test_other_features_do_not_flood(make_entry: MakeEntry, make_registry: MakeRegistry, software: Software) -> None:
-    windows = [make_entry(spec=spec_of(f"sliding_window({2**i},0)"), config=config(i)) for i in range(5, 13)]
+    prefixes = [make_entry(spec=spec_of(f"prefix_lm({2**i})"), config=config(i)) for i in range(5, 13)]
     own = make_entry(config=config(1), device_name="NVIDIA H100 80GB HBM3", origin="predicted")
-    registry = make_registry(*windows, own)
+    registry = make_registry(*prefixes, own)
     selection = select(PROBLEM, H200, registry=registry, software=software)
     assert selection.rung == "other features"
     assert len(selection.refused) == 5 + 1 + 1
@@ -262,12 +262,12 @@ def test_regimes_never_cross(
 @pytest.mark.parametrize(
     ("measured", "asked"),
     [
-        ({"seqlen": 4096, "seqlen_q": 1}, "sq=16 sk=100"),
-        ({"seqlen": 4096}, "sq=17 sk=513"),
-        ({"seqlen": 512}, "sq=17 sk=17"),
+        ({"seqlen": 4096, "seqlen_q": 1}, "b=4 sq=16 sk=100"),
+        ({"seqlen": 4096}, "b=8 sq=17 sk=513"),
+        ({"seqlen": 512}, "b=8 sq=17 sk=17"),
         # A range over two regimes speaks for both.
-        ({"seqlen": (256, 4096)}, "sq=200 sk=200"),
-        ({"seqlen": (256, 4096)}, "sq=8192 sk=8192"),
+        ({"seqlen": (256, 4096)}, "b=4 sq=200 sk=200"),
+        ({"seqlen": (256, 4096)}, "b=4 sq=8192 sk=8192"),
     ],
 )
 def test_regimes_are_not_smaller_than_they_should_be(
@@ -277,7 +277,7 @@ def test_regimes_are_not_smaller_than_they_should_be(
     measured: dict[str, int | tuple[int, int]],
     asked: str,
 ) -> None:
-    problem = parse_problem(f"b=4 hq=32 hkv=8 {asked} d=128 causal bf16")
+    problem = parse_problem(f"hq=32 hkv=8 {asked} d=128 causal bf16")
     selection = select(problem, H200, registry=make_registry(make_entry(**measured)), software=software)
     assert selection.rung == "nearest"
     assert selection.distance > 0
@@ -301,7 +301,7 @@ def test_inside_a_measured_range(
     assert (selection.rung, selection.distance) == ("exact", 0)
 
 
-@pytest.mark.parametrize(("seqlen", "nearest"), [(1024, 2048), (2500, 2048), (6000, 8192), (32768, 8192)])
+@pytest.mark.parametrize(("seqlen", "nearest"), [(1500, 2048), (2500, 2048), (6000, 8192), (32768, 8192)])
 def test_the_nearer_entry_wins(
     make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, seqlen: int, nearest: int
 ) -> None:
@@ -647,10 +647,12 @@ def test_entries_of_another_mask_may_be_of_the_family_for_hopper(
     registry = make_registry(make_entry(config=HOPPER), make_entry(8192, config=whole))
     selection = select(parse_problem(f"{at(4096)} softcap"), H200, registry=registry, software=software)
     assert (selection.rung, selection.config) == ("other features", HOPPER)
-    # Half a diagonal that the mask does not have is refused, and the next entry taken.
+    # Half a diagonal that the mask does not have is refused, and the next entry taken, for which another default holds.
     full = parse_problem(at(4096).replace("causal", "full"))
     selection = select(full, H200, registry=registry, software=software)
-    assert (selection.rung, selection.config) == ("other features", whole)
+    assert selection.entry is not None
+    assert (selection.rung, selection.entry.config) == ("other features", whole)
+    assert selection.config == default_configs(full, H200)[0]
     (refusal,) = selection.refused
     assert "diagonal=half needs a causal or prefix mask by formula, got full" in refusal.reason
 
