@@ -10,7 +10,7 @@ from flashgen.codegen import KernelConfig, is_current
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.dispatch.carrying import carried
 from flashgen.dispatch.distance import same_occupancy, same_regime, shape_distance
-from flashgen.dispatch.features import feature_gap, shown_spec
+from flashgen.dispatch.features import OTHER_KERNEL, feature_gap, shown_spec
 from flashgen.dispatch.selection import RUNGS, Refusal, Rung, Selection
 from flashgen.errors import ConfigError, NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
@@ -209,6 +209,8 @@ def _related_candidates(problem: Problem, target: GpuTarget, registry: Registry)
         if not on_device or _mismatch(entry, problem, target):
             continue
         gap = feature_gap(entry.spec, problem.spec)
+        if gap.cost >= OTHER_KERNEL:
+            continue
         candidate = _Candidate(
             rung="other features",
             distance=shape_distance(entry, problem.shape),

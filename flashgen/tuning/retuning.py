@@ -199,7 +199,9 @@ def _rerace(opened: OpenRun, index: int, entry: RegistryEntry) -> Reraced:
     def choose(problem: Problem) -> Choices:
         if not opened.run.gpus and entry.origin == "measured":
             raise NoKernelError(f"it was measured, which a prediction does not replace: run this on a {target}")
-        return kept_choices(problem, target, kept)
+        choices = kept_choices(problem, target, kept)
+        # Within the noise, what has been running goes on.
+        return dataclasses.replace(choices, default=entry.config) if entry.config in choices.configs else choices
 
     try:
         problem = problem_of(entry)

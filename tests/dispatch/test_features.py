@@ -68,7 +68,7 @@ def test_differences_in_words(measured: str, asked: str, differences: tuple[str,
             ],
         ),
         # Masks that share more of what they are composed of are nearer, and so are those that need a table alike.
-        ("causal&document", ["document", "causal", "full", "causal&document softcap"]),
+        ("causal&document", ["document", "causal&document softcap", "causal", "full"]),
         ("causal", ["causal(align=top_left)", "full", "causal&document"]),
         ("causal&chunked(1024)", ["causal&chunked(8192)", "chunked(1024)", "sliding_window(3,0)"]),
         ("full alibi softcap", ["causal alibi softcap", "full softcap", "full"]),

@@ -135,12 +135,13 @@ def test_other_features_say_what_differs(
     make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
 ) -> None:
     registry = make_registry(make_entry(8192, spec=spec_of("causal"), config=config(1)))
-    problem = parse_problem(f"{at(4096)} softcap lse")
+    problem = parse_problem(f"{at(4096)} lse".replace("causal", "prefix_lm(64)"))
     selection = select(problem, H200, registry=registry, software=software)
     assert (selection.rung, selection.config, selection.distance) == ("other features", config(1), 2.0)
-    assert selection.differences == ("measured without softcap",)
+    difference = "measured on mask causal, not prefix_lm(64)"
+    assert selection.differences == (difference,)
     text = str(selection)
-    for part in ("other features: measured on this device for another mask", "differs   measured without softcap"):
+    for part in ("other features: measured on this device for another mask", f"differs   {difference}"):
         assert part in text
     exact = select(parse_problem(at(8192)), H200, registry=registry, software=software)
     assert (exact.rung, exact.differences) == ("exact", ())
@@ -156,8 +157,9 @@ def test_the_likest_features_win_then_the_nearest_sizes(
     problem = parse_problem("b=4 hq=32 hkv=8 s=4096 d=128 sliding_window(127,0)")
     selection = select(problem, H200, registry=make_registry(far, *entries), software=software)
     assert selection.config == config(2)
+    # With alibi it is another kernel, which says nothing of this one.
     assert [refusal.candidate.split(" for ")[1] for refusal in selection.refused] == [
-        *("sliding_window(255,0)", "sliding_window(1023,0)", "causal", "sliding_window(127,0) alibi"),
+        *("sliding_window(255,0)", "sliding_window(1023,0)", "causal"),
     ]
     assert all(refusal.reason.startswith("ranks lower: other features, ") for refusal in selection.refused)
 
@@ -186,8 +188,7 @@ def test_an_entry_for_other_features_is_held_to_its_own_code(
 ) -> None:
     stale = make_entry(spec=spec_of("full"), digest="0123456789abcdef", config=config(1))
     fresh = make_entry(spec=spec_of("prefix_lm(64)"), config=config(2))
-    problem = parse_problem(f"{at(4096)} softcap")
-    selection = select(problem, H200, registry=make_registry(stale, fresh), software=software)
+    selection = select(PROBLEM, H200, registry=make_registry(stale, fresh), software=software)
     assert (selection.rung, selection.config) == ("other features", config(2))
     (refusal,) = selection.refused
     assert "stale" in refusal.reason
@@ -645,8 +646,13 @@ def test_entries_of_another_mask_may_be_of_the_family_for_hopper(
 ) -> None:
     whole = dataclasses.replace(HOPPER, diagonal="whole")
     registry = make_registry(make_entry(config=HOPPER), make_entry(8192, config=whole))
-    selection = select(parse_problem(f"{at(4096)} softcap"), H200, registry=registry, software=software)
-    assert (selection.rung, selection.config) == ("other features", HOPPER)
+    prefix = parse_problem(at(4096).replace("causal", "prefix_lm(64)"))
+    selection = select(prefix, H200, registry=registry, software=software)
+    assert selection.entry is not None
+    assert (selection.rung, selection.entry.config, selection.config.kernel()) == (
+        *("other features", HOPPER),
+        HOPPER.kernel(),
+    )
     # Half a diagonal that the mask does not have is refused, and the next entry taken, for which another default holds.
     full = parse_problem(at(4096).replace("causal", "full"))
     selection = select(full, H200, registry=registry, software=software)
@@ -657,15 +663,15 @@ def test_entries_of_another_mask_may_be_of_the_family_for_hopper(
     assert "diagonal=half needs a causal or prefix mask by formula, got full" in refusal.reason
 
 
-@pytest.mark.parametrize("words", ["bias=input", "dropout"])
-def test_what_the_family_for_hopper_does_not_compute_falls_to_the_portable_one(
+@pytest.mark.parametrize("words", ["softcap", "alibi", "bias=input", "dropout", "varlen"])
+def test_an_entry_says_nothing_of_what_its_kernel_has_not(
     make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, words: str
 ) -> None:
-    registry = make_registry(make_entry(config=HOPPER))
-    selection = select(parse_problem(f"{at(4096)} {words}"), H200, registry=registry, software=software)
-    assert (selection.rung, selection.config.template) == ("heuristic", "triton/forward")
-    (refusal,) = selection.refused
-    assert "the kernel does not know" in refusal.reason
+    registry = make_registry(make_entry(config=HOPPER), make_entry(config=config(1), spec=spec_of("causal&document")))
+    problem = parse_problem(f"{at(4096)} {words}")
+    selection = select(problem, H200, registry=registry, software=software)
+    default = select(problem, H200, registry=make_registry(), software=software)
+    assert (selection.rung, selection.config, selection.refused) == ("heuristic", default.config, ())
 
 
 PACKED = HopperForwardConfig(
