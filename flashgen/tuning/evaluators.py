@@ -71,7 +71,7 @@ class Evaluator(typing.Protocol):
         """
 
     def cancel(self) -> None:
-        """Forget what is queued or running."""
+        """Forget what is queued or running; what is running may come to its end first."""
 
     def final(self, problem: Problem, finalists: typing.Sequence[Tried], target_ms: float, seed: int) -> Final:
         """Compare the best once more, with care."""

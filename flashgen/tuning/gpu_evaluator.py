@@ -51,12 +51,14 @@ class GpuEvaluator:
         self._queue: collections.deque[_Candidate] = collections.deque()
         self._current: dict[MeasuringProcess, _Candidate] = {}
         self._starting: set[MeasuringProcess] = set()
+        # Busy with what was cancelled: to start a process again would cost more than to wait for most candidates.
+        self._forgotten: set[MeasuringProcess] = set()
         self._best_us: float | None = None
         self._problem: Problem | None = None
 
     @property
     def connections(self) -> list[Connection]:
-        busy = (*self._current, *self._starting)
+        busy = (*self._current, *self._starting, *self._forgotten)
         return [process.connection for process in busy if process.connection]
 
     @property
@@ -75,14 +77,21 @@ class GpuEvaluator:
         self._feed()
 
     def collect(self) -> list[tuple[int, Outcome]]:
-        self._see_started()
+        self._free()
         ended = [(process, outcome) for process in self._current if (outcome := process.advance())]
         outcomes = [(self._current.pop(process), process, outcome) for process, outcome in ended]
         judged = [(number, self._judged(process, problem, o)) for (number, problem, _), process, o in outcomes]
         self._feed()
         return judged
 
-    def _see_started(self) -> None:
+    def _free(self) -> None:
+        """See which processes have come to the end of what nobody waits for."""
+        for process in tuple(self._forgotten):
+            outcome = process.advance()
+            if isinstance(outcome, WorkerFailure):
+                process.kill()
+            if outcome is not None:
+                self._forgotten.remove(process)
         for process in tuple(self._starting):
             outcome = process.advance()
             if isinstance(outcome, WorkerFailure):
@@ -91,8 +100,9 @@ class GpuEvaluator:
                 self._starting.remove(process)
 
     def _feed(self) -> None:
+        busy = {*self._current, *self._starting, *self._forgotten}
         for process in self._processes:
-            if self._queue and process not in self._current and process not in self._starting:
+            if self._queue and process not in busy:
                 candidate = self._queue.popleft()
                 _, problem, config = self._current[process] = candidate
                 process.begin_evaluation(problem, config, self._best_us)
@@ -117,7 +127,8 @@ class GpuEvaluator:
     def cancel(self) -> None:
         self._queue.clear()
         for process in self._current:
-            process.kill()
+            process.hurry()
+        self._forgotten.update(self._current)
         self._current.clear()
 
     def final(self, problem: Problem, finalists: typing.Sequence[Tried], target_ms: float, seed: int) -> Final:
@@ -177,9 +188,9 @@ class GpuEvaluator:
 
     def _call(self, function: str, problem: Problem, *args: object, longer: float = 1.0) -> WorkerOutcome:
         self.cancel()
-        while self._processes[0] in self._starting:
+        while self._processes[0] in self._starting | self._forgotten:
             multiprocessing.connection.wait(self.connections, _TICK_S)
-            self._see_started()
+            self._free()
         return self._processes[0].call(function, problem, *args, longer=longer)
 
     def close(self) -> None:

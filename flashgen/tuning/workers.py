@@ -20,6 +20,9 @@ from flashgen.errors import WorkerError
 from flashgen.tuning.worker_main import described
 from flashgen.tuning.worker_process import WorkerProcess
 
+# For what was cancelled.
+_GRACE_S = 10.0
+
 Function = typing.Callable[..., object] | str
 TaskId = typing.TypeVar("TaskId")
 
@@ -173,6 +176,12 @@ class Worker:
             return WorkerFailure(kind="error", detail=f"{self.name} could not be set up: {reply}", at_start=True)
         return _unpacked(reply) if ok else WorkerFailure(kind="error", detail=reply)
 
+    def hurry(self) -> None:
+        """Leave the request under way a few seconds: `advance` gives up on it then."""
+        if self._deadline is not None:
+            self._timeout_s = min(self._timeout_s, _GRACE_S)
+            self._deadline = min(self._deadline, time.monotonic() + _GRACE_S)
+
     def kill(self) -> None:
         """End the process and its children at once; the next request starts a new one."""
         self._stop_clock()
@@ -220,6 +229,8 @@ class Pool(typing.Generic[TaskId]):
             for index in range(size)
         ]
         self._running: dict[Worker, TaskId] = {}
+        # Busy with what was cancelled.
+        self._forgotten: set[Worker] = set()
         self._queue: collections.deque[tuple[TaskId, bytes, float]] = collections.deque()
 
     @property
@@ -235,12 +246,12 @@ class Pool(typing.Generic[TaskId]):
     @property
     def connections(self) -> list[Connection]:
         """Readable when `wait` has something to do; the deadlines of tasks are its own to watch."""
-        return [worker.connection for worker in self._running if worker.connection]
+        return [worker.connection for worker in (*self._running, *self._forgotten) if worker.connection]
 
     @property
     def idle(self) -> int:
         """How many workers have nothing to do."""
-        return len(self._workers) - len(self._running)
+        return len(self._workers) - len(self._running) - len(self._forgotten)
 
     @property
     def pending(self) -> int:
@@ -259,27 +270,31 @@ class Pool(typing.Generic[TaskId]):
     def wait(self, timeout_s: float) -> list[Finished[TaskId]]:
         """Return the tasks that ended, as soon as there are any; none after `timeout_s` or if nothing is pending."""
         until = time.monotonic() + timeout_s
-        while self._running:
-            left = max(0.0, until - time.monotonic())
-            nearest = min(worker.seconds_left for worker in self._running)
+        while True:
+            left = max(0.0, until - time.monotonic()) if self.pending else 0.0
+            nearest = min((worker.seconds_left for worker in (*self._running, *self._forgotten)), default=0.0)
             multiprocessing.connection.wait(self.connections, min(left, nearest))
             finished = self._collect()
             self._dispatch()
             if finished or not left:
                 return finished
-        return []
 
     def cancel(self) -> None:
-        """Forget all tasks and kill the workers that run one; the next request starts them again."""
+        """Forget all tasks; workers have some seconds to end the one they are at, or are killed.
+
+        To start a worker again would cost the next task more than to wait for most.
+        """
         self._queue.clear()
-        running, self._running = list(self._running), {}
-        for worker in running:
-            worker.kill()
+        for worker in self._running:
+            worker.hurry()
+        self._forgotten.update(self._running)
+        self._running.clear()
 
     def close(self) -> None:
         """Kill every worker at once and forget all tasks."""
         self._queue.clear()
         self._running.clear()
+        self._forgotten.clear()
         for worker in self._workers:
             worker.kill()
 
@@ -290,12 +305,13 @@ class Pool(typing.Generic[TaskId]):
         self.close()
 
     def _collect(self) -> list[Finished[TaskId]]:
+        self._forgotten = {worker for worker in self._forgotten if worker.advance() is None}
         outcomes = [(worker, worker.advance()) for worker in self._running]
         return [Finished(task_id=self._running.pop(w), outcome=outcome) for w, outcome in outcomes if outcome]
 
     def _dispatch(self) -> None:
         for worker in self._workers:
-            if self._queue and worker not in self._running:
+            if self._queue and worker not in self._running and worker not in self._forgotten:
                 task_id, request, timeout_s = self._queue.popleft()
                 self._running[worker] = task_id
                 worker.begin(request, timeout_s=timeout_s)

@@ -150,15 +150,26 @@ def test_waiting_is_bounded_and_closing_is_quick():
     assert time.monotonic() - started < 0.5 * PATIENT_S
 
 
-def test_cancelled_tasks_never_come_back():
+def test_cancelled_tasks_never_come_back(monkeypatch):
     with Pool[int](2) as pool:
         for index in range(4):
             pool.submit(index, time.sleep, PATIENT_S, timeout_s=PATIENT_S)
+        monkeypatch.setattr("flashgen.tuning.workers._GRACE_S", 0.5)
         pool.cancel()
-        assert (pool.pending, pool.idle, pool.connections) == (0, 2, [])
+        assert (pool.pending, pool.idle) == (0, 0)
         pool.submit(0, square_wrongly, 2, timeout_s=PATIENT_S)
         assert pool.wait(PATIENT_S) == [Finished(task_id=0, outcome=WorkerResult(value=5))]
         assert pool.wait(0.0) == []
+
+
+def test_a_cancelled_task_may_end_and_spares_its_worker_another_start():
+    with Pool[int](1) as pool:
+        pool.submit(0, os.getpid, timeout_s=PATIENT_S)
+        (before,) = pool.wait(PATIENT_S)
+        pool.submit(1, time.sleep, 0.3, timeout_s=PATIENT_S)
+        pool.cancel()
+        pool.submit(2, os.getpid, timeout_s=PATIENT_S)
+        assert pool.wait(PATIENT_S) == [Finished(task_id=2, outcome=before.outcome)]
 
 
 def test_deadline_kills_the_children_too(tmp_path):
