@@ -45,7 +45,7 @@ class GpuEvaluator:
         """Make an evaluator for `device`; `start` starts its process."""
         self._device = device
         self._jobs = jobs
-        self._worker = Worker("measuring process", setup=jobs.start, setup_args=(device,))
+        self._worker = Worker("measuring process", setup=jobs.start, setup_args=(device,), stand_by=jobs.stand_by)
         # Sent one by one, so that each has the best time so far and its own deadline.
         self._queue: collections.deque[_Candidate] = collections.deque()
         self._current: _Candidate | None = None
@@ -190,7 +190,7 @@ class GpuEvaluator:
         return outcome
 
     def close(self) -> None:
-        self._worker.kill()
+        self._worker.close()
 
 
 def _is_sound(timing: object) -> bool:
