@@ -50,6 +50,7 @@ def examine(registry: Path | None) -> Iterator[Finding]:
     yield from (_folder(name, path) for name, path in _folders())
     yield from _registries(registry)
     if all(package.state == "ok" for package in packages):
+        yield _quarantine()
         targets = []
         for finding, target in _gpus():
             yield finding
@@ -90,6 +91,20 @@ def _registries(explicit: Path | None) -> Iterator[Finding]:
         yield Finding(name=f"registry ({location.label})", value=f"{count} entries in {location.path}")
         for issue in registry.issues:
             yield Finding(name="skipped", value=str(issue), state="note")
+
+
+def _quarantine() -> Finding:
+    from flashgen.tuning.quarantine import default_quarantine, read_offences
+
+    path = default_quarantine()
+    offences, issue = read_offences(path)
+    if issue:
+        return Finding(name="quarantine", value=issue, state="note")
+    if not offences:
+        return Finding(name="quarantine", value=f"no config hung or killed a process (it would be in {path})")
+    places = len({(offence.device, offence.driver, offence.triton) for offence in offences})
+    value = f"{len(offences)} configs hung or killed a process, on {places} GPUs with their driver and Triton"
+    return Finding(name="quarantine", value=f"{value}, in {path}: remove it to give them another chance", state="note")
 
 
 def _gpus() -> Iterator[tuple[Finding, GpuTarget | None]]:

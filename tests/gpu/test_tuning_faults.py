@@ -67,6 +67,8 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tune]:
     """A function that tunes the small problem, every seed of it, with planted faults by job and config."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("FAULTY_PLAN", str(tmp_path / "plan.json"))
+    # What hangs or crashes is quarantined there.
+    monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("flashgen.resources.shipped_registry_dir", lambda: tmp_path / "shipped")
 
     def run(

@@ -25,6 +25,7 @@ PROBLEM = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
 PLANTED = Jobs(
     compile="planted_jobs:compile",
     start="planted_jobs:start",
+    stand_by="planted_jobs:stand_by",
     evaluate="planted_jobs:evaluate",
     race="planted_jobs:race",
     confirm="planted_jobs:confirm",
@@ -102,6 +103,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("PLANTED_PLAN", str(tmp_path / "plan.json"))
     monkeypatch.setenv("PLANTED_LOG", str(tmp_path / "log"))
+    # What hung or crashed in one test is quarantined in its own cache.
+    monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path / "cache"))
     # What ships is a neighbour of every problem here, and would be tried first.
     monkeypatch.setattr("flashgen.resources.shipped_registry_dir", lambda: tmp_path / "shipped")
     bench = Bench(folder=tmp_path)
