@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import typing
 
@@ -10,8 +11,8 @@ from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardCo
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
-from flashgen.search_space import load_space
-from flashgen.spec import Problem
+from flashgen.search_space import LegalSpace, load_space
+from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.effort import Effort
 
@@ -53,7 +54,7 @@ def find_choices(
     spec = problem.spec
     default, *others = _default_configs(problem, target)
     guesses = _guesses(default, others)
-    spaces = {template: load_space(template).legal(spec, target) for template in templates_of(spec.phase)}
+    spaces = {template: _legal(template, spec, target) for template in templates_of(spec.phase)}
     winners = dict.fromkeys(_fitting(winners, problem))
     legal = [config for config in winners if not check_config(config, spec, target)]
     seeds: tuple[KernelConfig, ...] = ()
@@ -68,6 +69,12 @@ def find_choices(
         seeds=tuple(_fitting(first, problem))[: effort.seeds],
         default=default,
     )
+
+
+# A second, which every other problem of the spec is spared.
+@functools.lru_cache(maxsize=8)
+def _legal(template: str, spec: AttentionSpec, target: GpuTarget) -> LegalSpace:
+    return load_space(template).legal(spec, target)
 
 
 def kept_choices(problem: Problem, target: GpuTarget, kept: typing.Iterable[KernelConfig]) -> Choices:

@@ -33,6 +33,7 @@ from flashgen.measure.peers import default_baselines
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.awkward import awkward_for
+from flashgen.tuning.full_disk import says_disk_is_full
 from flashgen.tuning.gpu_cases import Case, make_case
 
 _FIRST_LAUNCHES = 3
@@ -74,6 +75,8 @@ def evaluate(problem: Problem, config: KernelConfig, best_us: float | None) -> O
         torch.cuda.empty_cache()
         return Rejected(stage="run", reason=f"out of device memory: {_first_line(error)}")
     except (FlashgenError, RuntimeError) as error:
+        if says_disk_is_full(str(error)):
+            raise
         return Rejected(stage="run", reason=f"{type(error).__name__}: {_first_line(error)}")
 
 
