@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -90,6 +93,35 @@ class Bench:
             workers=workers,
             observer=observer or SilentObserver(),
             jobs=jobs or self.jobs,
+        )
+
+    def child(self, *, gpu: str | None, trials: int, before: str = "") -> subprocess.Popen[str]:
+        """Start the same run in another process, which prints the config of each trial it was told.
+
+        Args:
+            gpu: as for `prepared`; likewise the next.
+            trials: how many.
+            before: lines that it runs first.
+        """
+        script = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), *filter(None, sys.path)]!r}
+from pathlib import Path
+import flashgen.resources
+from conftest import Bench
+from flashgen.tuning import SilentObserver
+
+class Printer(SilentObserver):
+    def trial(self, record, best, done, seconds_left):
+        print(record.config, flush=True)
+
+flashgen.resources.shipped_registry_dir = lambda: Path({str(self.folder / "shipped")!r})
+{before}
+report = Bench(folder=Path({str(self.folder)!r})).run(gpu={gpu!r}, trials={trials}, workers=1, observer=Printer())
+print("interrupted" if report.interrupted else "done", len(report.files), flush=True)
+"""
+        return subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
         )
 
 

@@ -8,10 +8,12 @@ restarted worker two seconds.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import pkgutil
+import signal
 import sys
 import time
 import typing
@@ -66,6 +68,10 @@ def _planned(job: str, config: object, kind: str = "") -> typing.Any:
         os.abort()
     elif word == "exit":
         os._exit(7)
+    elif word == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif word == "full disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif word == "memory":
         raise MemoryError("planted")
     elif word == "error":
