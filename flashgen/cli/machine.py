@@ -50,7 +50,7 @@ def examine(registry: Path | None) -> Iterator[Finding]:
     yield from (_folder(name, path) for name, path in _folders())
     yield from _registries(registry)
     if all(package.state == "ok" for package in packages):
-        yield _quarantine()
+        yield quarantine_finding()
         targets = []
         for finding, target in _gpus():
             yield finding
@@ -93,7 +93,8 @@ def _registries(explicit: Path | None) -> Iterator[Finding]:
             yield Finding(name="skipped", value=str(issue), state="note")
 
 
-def _quarantine() -> Finding:
+def quarantine_finding() -> Finding:
+    """Return how many kernels hung or killed a process, and where that is remembered."""
     from flashgen.tuning.quarantine import default_quarantine, read_offences
 
     path = default_quarantine()
@@ -102,9 +103,8 @@ def _quarantine() -> Finding:
         return Finding(name="quarantine", value=issue, state="note")
     if not offences:
         return Finding(name="quarantine", value=f"no config hung or killed a process (it would be in {path})")
-    places = len({(offence.device, offence.driver, offence.triton) for offence in offences})
-    value = f"{len(offences)} configs hung or killed a process, on {places} GPUs with their driver and Triton"
-    return Finding(name="quarantine", value=f"{value}, in {path}: remove it to give them another chance", state="note")
+    value = f"{len(offences)} kernels hung or killed a process; remembered in {path}, remove it to try them again"
+    return Finding(name="quarantine", value=value, state="note")
 
 
 def _gpus() -> Iterator[tuple[Finding, GpuTarget | None]]:
