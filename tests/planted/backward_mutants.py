@@ -16,8 +16,8 @@ OWN_DQ = TritonBackwardConfig(
     block_m1=16, block_n1=16, num_warps=1, num_stages=1, block_m2=16, block_n2=16, num_warps2=1, num_stages2=1
 )
 ATOMIC = TritonBackwardConfig(block_m1=16, block_n1=16, num_warps=1, num_stages=1, dq="atomic")
-_SIZES = "b=2 hq=2 hkv=1 s=40 d=16 fp16 backward"
-_ONE_HEAD = "b=2 hq=1 hkv=1 s=40 d=16 fp16 backward"
+_GROUPED = "b=2 hq=2 hkv=1 s=40 d=16 fp16 backward"
+_SIZES = "b=2 hq=1 hkv=1 s=40 d=16 fp16 backward"
 
 
 def _edited(
@@ -48,7 +48,10 @@ BACKWARD_MUTANTS = {
     ),
     "delta forgotten": _edited("full", r"d[qk]\[", ("add_", "(dp - delta", "(dp - 0.0 * delta")),
     "delta of another head": _edited(
-        "full", r"d[qk]\[", ("attn_bwd_delta", "do_ptr + z * stride_doz + h * stride_doh", "do_ptr + z * stride_doz")
+        "full",
+        r"d[qk]\[",
+        ("attn_bwd_delta", "do_ptr + z * stride_doz + h * stride_doh", "do_ptr + z * stride_doz"),
+        sizes=_GROUPED,
     ),
     "lse in base 2": _edited("full", r"d[qkv]\[", ("attn_bwd_delta", "lse * 1.4426950408889634", "lse")),
     "sums of dQ not zeroed": Mutant(problem=f"{_SIZES} full", config=ATOMIC, says=r"dq\[", host=_sums_not_zeroed),
@@ -70,14 +73,12 @@ BACKWARD_MUTANTS = {
         r"with dbias|dbias\[",
         ("attn_bwd_dbias", "total += p", "total -= p"),
         config=ATOMIC,
-        sizes=_ONE_HEAD,
     ),
     "gradient of the bias of the first batch entry": _edited(
         "full bias=input",
         r"dbias\[",
         ("attn_bwd_dbias", "range(own_z, last_z)", "range(own_z, own_z + 1)"),
         config=ATOMIC,
-        sizes=_ONE_HEAD,
     ),
     "causal, without the diagonal": _edited("causal", r"d[qkv]\[", ("mask_mod", "kv_idx <= q_idx", "kv_idx < q_idx")),
     "causal, rows of a tile too late": _edited(
@@ -97,7 +98,10 @@ BACKWARD_MUTANTS = {
         "full", "memory outside of d[qkv]", ("store_tile", "offs[:, None] < length)", "offs[:, None] <= length)")
     ),
     "last query head of the group forgotten": _edited(
-        "full", r"d[kv]\[", ("attn_bwd_dkdv", "for head in range(group)", "for head in range(group - 1)")
+        "full",
+        r"d[kv]\[",
+        ("attn_bwd_dkdv", "for head in range(group)", "for head in range(group - 1)"),
+        sizes=_GROUPED,
     ),
     "dV with the strides of dK": _edited(
         "full",

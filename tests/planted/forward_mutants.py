@@ -10,10 +10,9 @@ from mutants import Mutant
 from flashgen.codegen import TritonForwardConfig
 
 CONFIG = TritonForwardConfig(block_m=16, block_n=16, num_warps=1, num_stages=1)
-_SIZES = "b=2 hq=2 hkv=1 s=40 d=16 fp16"
+_SIZES = "b=2 hq=1 hkv=1 s=40 d=16 fp16"
 _GROUPED = "b=2 hq=4 hkv=2 s=40 d=16 fp16"
-_LONG = "b=2 hq=2 hkv=1 s=128 d=16 fp16"
-_ONE_HEAD = "b=2 hq=1 hkv=1 s=40 d=16 fp16"
+_LONG = "b=2 hq=1 hkv=1 s=128 d=16 fp16"
 _HEADS = "b=2 hq=8 hkv=8 s=16 d=16 fp16"
 _OFF = r"out\["
 _NAN = r"out\[.* is nan"
@@ -93,7 +92,7 @@ FORWARD_MUTANTS = {
         "full",
         "memory outside of out",
         ("store_tile", "(offs_d[None, :] < HEAD_DIM)", "(offs_d[None, :] < BLOCK_D)"),
-        sizes="b=2 hq=2 hkv=1 s=40 d=24 fp16",
+        sizes="b=2 hq=1 hkv=1 s=40 d=24 fp16",
     ),
     "an input written": _edited(
         "full", "an input was written", ("attn_fwd", "    store_tile(", "    tl.store(q_ptr, 1.0)\n    store_tile(")
@@ -109,20 +108,18 @@ FORWARD_MUTANTS = {
     ),
     # lse, which is written when the winner is confirmed.
     "lse off by a constant": _edited(
-        "full", "lse", ("attn_fwd", "* 0.6931471805599453", "* 0.6931471805599453 + 0.001"), sizes=_ONE_HEAD
+        "full", "lse", ("attn_fwd", "* 0.6931471805599453", "* 0.6931471805599453 + 0.001")
     ),
-    "lse in base 2": _edited("full", r"lse\[", ("attn_fwd", ") * 0.6931471805599453", ")"), sizes=_ONE_HEAD),
+    "lse in base 2": _edited("full", r"lse\[", ("attn_fwd", ") * 0.6931471805599453", ")")),
     "lse of rows that see nothing": _edited(
         "causal",
         r"lse\[.* is 0",
         ("attn_fwd", "    lse_ptrs =", "    lse = tl.where(l_i == 0.0, 0.0, lse)\n    lse_ptrs ="),
-        sizes=_ONE_HEAD,
     ),
     "lse of a row past the last one": _edited(
         "full",
         "memory outside of lse|lse",
         ("attn_fwd", "mask=offs_m < SEQLEN_Q", "mask=offs_m <= SEQLEN_Q"),
-        sizes=_ONE_HEAD,
     ),
     # The online softmax.
     "output not rescaled": _edited("full", _OFF, ("attend", "acc = acc * alpha[:, None]", "acc = acc")),
@@ -163,7 +160,7 @@ FORWARD_MUTANTS = {
         ("attn_fwd", "sink = tl.load(sinks_ptr + off_h)", "sink = -100.0 + 0.0 * tl.load(sinks_ptr + off_h)"),
     ),
     "sink of another head": _edited(
-        "full sinks", _OFF, ("attn_fwd", "tl.load(sinks_ptr + off_h)", "tl.load(sinks_ptr + off_hkv)")
+        "full sinks", _OFF, ("attn_fwd", "tl.load(sinks_ptr + off_h)", "tl.load(sinks_ptr + off_hkv)"), sizes=_GROUPED
     ),
     "alibi from the first key": _edited(
         "full alibi", _OFF, ("attend", " + (SEQLEN_K - SEQLEN_Q) - kv_idx", " - kv_idx")
@@ -187,7 +184,7 @@ FORWARD_MUTANTS = {
     # Wrong now and then.
     "wrong at large lengths alone": _edited(
         "full",
-        r"at b=2 hq=2 .*sq?=128",
+        r"at b=2 hq=1 .*sq?=128",
         ("attend", "        p, alpha", "        qk = tl.where(n >= 96, 0.0, qk)\n        p, alpha"),
         sizes=_LONG,
     ),
