@@ -66,13 +66,19 @@ def evaluate(problem: Problem, config: KernelConfig, best_us: float | None) -> O
     """
     try:
         with _ending_if_the_context_is_lost():
-            outcome = _checked_and_timed(problem, config, best_us)
+            outcome: Outcome | None = None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                outcome = _checked_and_timed(problem, config, best_us)
+            if outcome is None:
+                # What is kept of an earlier problem may be what fills the GPU.
+                forget_cases()
+                outcome = _checked_and_timed(problem, config, best_us)
             if isinstance(outcome, Rejected):
                 # What was wrong may have left it so that the next one takes no tiles.
                 reset_tile_counters()
             return outcome
     except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
+        forget_cases()
         return Rejected(stage="run", reason=f"out of device memory: {_first_line(error)}")
     except (FlashgenError, RuntimeError) as error:
         if says_disk_is_full(str(error)):
@@ -178,8 +184,7 @@ def _judged(case: Case) -> AccuracyReport:
     if not stray:
         return case.judge()
     # What lies beside it may be damaged as well, and the next config is not to blame.
-    _own_case.cache_clear()
-    _small_case.cache_clear()
+    forget_cases()
     return AccuracyReport(max_error=math.inf, allowed_error=0.0, ok=False, reason=stray)
 
 
@@ -203,6 +208,14 @@ def _small_case(problem: Problem) -> Case:
     # The seed picks how a bias is broadcast: each way meets some of the shapes.
     seed = 1 + (problem.shape.seqlen_q + problem.shape.seqlen_k) % 3
     return make_case(problem, device=_device(), seed=seed, whole=True)
+
+
+def forget_cases() -> None:
+    """Give back the memory of all cases; they are made again where they are needed."""
+    _own_case.cache_clear()
+    _small_case.cache_clear()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @functools.lru_cache(maxsize=512)

@@ -57,7 +57,7 @@ def _bound_backward(case: Case, config: KernelConfig) -> Callable[[], None]:
 def without_a_gpu() -> Iterator[None]:
     """Have the checks run here, on cases of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        _forget_cases()
+        gpu_jobs.forget_cases()
         patch.setattr(gpu_jobs, "_bound", bound)
         patch.setattr(gpu_jobs, "_device", lambda: torch.device("cpu"))
         patch.setattr(gpu_jobs, "_clock", OneLaunchClock)
@@ -65,9 +65,4 @@ def without_a_gpu() -> Iterator[None]:
         # A kernel's own out and lse are made on a GPU alone.
         patch.setattr(gpu_cases, "_launched_forward", gpu_cases._exact_forward)
         yield
-        _forget_cases()
-
-
-def _forget_cases() -> None:
-    gpu_jobs._own_case.cache_clear()
-    gpu_jobs._small_case.cache_clear()
+        gpu_jobs.forget_cases()
