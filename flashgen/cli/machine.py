@@ -50,6 +50,7 @@ def examine(registry: Path | None) -> Iterator[Finding]:
     yield from (_folder(name, path) for name, path in _folders())
     yield from _registries(registry)
     if all(package.state == "ok" for package in packages):
+        yield quarantine_finding()
         targets = []
         for finding, target in _gpus():
             yield finding
@@ -90,6 +91,20 @@ def _registries(explicit: Path | None) -> Iterator[Finding]:
         yield Finding(name=f"registry ({location.label})", value=f"{count} entries in {location.path}")
         for issue in registry.issues:
             yield Finding(name="skipped", value=str(issue), state="note")
+
+
+def quarantine_finding() -> Finding:
+    """Return how many kernels hung or killed a process, and where that is remembered."""
+    from flashgen.tuning.quarantine import default_quarantine, read_offences
+
+    path = default_quarantine()
+    offences, issue = read_offences(path)
+    if issue:
+        return Finding(name="quarantine", value=issue, state="note")
+    if not offences:
+        return Finding(name="quarantine", value=f"no config hung or killed a process (it would be in {path})")
+    value = f"{len(offences)} kernels hung or killed a process; remembered in {path}, remove it to try them again"
+    return Finding(name="quarantine", value=value, state="note")
 
 
 def _gpus() -> Iterator[tuple[Finding, GpuTarget | None]]:

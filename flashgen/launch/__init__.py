@@ -13,6 +13,7 @@ from flashgen.launch.interpreter import fill_unseen, interpret_backward, interpr
 from flashgen.launch.kernel import launch
 from flashgen.launch.operands import Operands, readable
 from flashgen.launch.side_tensors import SideTensors
+from flashgen.launch.tile_counter import reset_tile_counters
 
 __all__ = [
     "BackwardLaunch",
@@ -31,5 +32,6 @@ __all__ = [
     "launch",
     "layouts_of",
     "readable",
+    "reset_tile_counters",
     "software_versions",
 ]

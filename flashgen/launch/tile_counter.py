@@ -34,5 +34,11 @@ def tile_counter(device: int, stream: int) -> torch.Tensor:
     return counter
 
 
+def reset_tile_counters() -> None:
+    """Set every counter to zero: after a kernel that may not have left it so."""
+    for counter in _counters.values():
+        counter.zero_()
+
+
 def _zeros(device: int) -> torch.Tensor:
     return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))

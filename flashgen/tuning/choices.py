@@ -71,6 +71,7 @@ def find_choices(
     )
 
 
+# A second, which every other problem of the spec is spared.
 def kept_choices(problem: Problem, target: GpuTarget, kept: typing.Iterable[KernelConfig]) -> Choices:
     """Return the choice among configs of earlier searches that are legal today, and what would run untuned.
 

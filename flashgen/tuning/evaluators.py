@@ -12,6 +12,7 @@ from flashgen.errors import FlashgenError
 from flashgen.measure import Outcome, Rejected, Timing
 from flashgen.registry import Origin
 from flashgen.spec import AttentionSpec, Problem
+from flashgen.tuning.full_disk import says_disk_is_full
 from flashgen.tuning.study import Tried
 from flashgen.tuning.workers import WorkerFailure
 
@@ -95,8 +96,8 @@ def failure_reason(failure: WorkerFailure) -> str:
     """Return the reason of a rejection, short enough to keep.
 
     Raises:
-        FlashgenError: if the process failed before it met the candidate, which is then not to blame.
+        FlashgenError: if the candidate is not to blame: the process failed before it met it, or a disk is full.
     """
-    if failure.at_start:
+    if failure.at_start or says_disk_is_full(failure.detail):
         raise FlashgenError(f"{failure.detail}; the trials are kept: mend it, then run the same command again")
     return f"{failure.kind}: {failure.detail}"[:1000]

@@ -32,6 +32,7 @@ from flashgen.measure import (
 )
 from flashgen.measure.gradients import bias_sizes
 from flashgen.spec import Extras, Problem
+from flashgen.tuning.guarded import Guarded, bit_sums
 
 # (batch entry, head) pairs that a large problem is judged by; of gradients key/value heads, with all of their groups.
 _CHECKED_HEADS = 3
@@ -48,6 +49,8 @@ class Case:
         tensors: by name, as `bind_forward` or `bind_backward` takes them.
         written: the names of those that kernels fill.
         judge: returns how far off what they hold is; the references are made at its first call.
+        guards: the memory of those that kernels fill, by name.
+        read: what kernels only read.
     """
 
     problem: Problem
@@ -55,11 +58,33 @@ class Case:
     tensors: dict[str, Tensor]
     written: tuple[str, ...]
     judge: collections.abc.Callable[[], AccuracyReport]
+    guards: dict[str, Guarded]
+    read: tuple[Tensor, ...]
+
+    @functools.cached_property
+    def _sums_of_read(self) -> list[int]:
+        return bit_sums(self.read)
 
     def poison(self) -> None:
         """Fill with NaN what kernels are to fill."""
+        assert self._sums_of_read is not None
         for name in self.written:
             self.tensors[name].fill_(POISON)
+
+    def stray(self) -> str:
+        """Return what kernels have written where nothing is theirs, or nothing; what it says leaves no case sound."""
+        for name, guard in self.guards.items():
+            if not guard.is_intact():
+                return f"memory outside of {name} was written"
+        return "" if bit_sums(self.read) == self._sums_of_read else "an input was written"
+
+    def hole(self) -> str:
+        """Return what of all that kernels are to fill is not a number, or nothing."""
+        holes = {name: int(self.tensors[name].isnan().sum()) for name in self.written}
+        found = (
+            f"{count} of {self.tensors[name].numel()} elements of {name}" for name, count in holes.items() if count
+        )
+        return next((f"{words} are not written, or NaN" for words in found), "")
 
     def results(self) -> list[Tensor]:
         """Return copies of what kernels have filled."""
@@ -77,21 +102,27 @@ def make_case(problem: Problem, *, device: torch.device, seed: int, whole: bool)
             and what gradients need of the forward pass comes from a kernel, which is checked.
     """
     inputs = dict(zip("qkv", random_inputs(problem, device=device, seed=seed), strict=True))
+    if whole:
+        inputs = _spread(inputs)
     extras = random_extras(problem, device=device, seed=seed)
     make = _backward_case if problem.spec.phase == "backward" else _forward_case
     return make(problem, inputs, extras, seed, whole)
 
 
 def _forward_case(problem: Problem, inputs: dict[str, Tensor], extras: Extras, seed: int, whole: bool) -> Case:
-    out, lse = poisoned_outputs(problem, device=inputs["q"].device)
-    written = {"out": out} | ({"lse": lse} if lse is not None else {})
+    sizes = dict(zip(("out", "lse"), poisoned_outputs(problem, device="meta"), strict=True))
+    given = {name: tensor for name, tensor in sizes.items() if tensor is not None}
+    guards = _guards(given, inputs["q"].device, whole)
+    written = {name: guard.tensor for name, guard in guards.items()}
     oracle = functools.cache(lambda: _forward_oracle(problem, inputs, extras, None if whole else _CHECKED_HEADS))
     return Case(
         problem=problem,
         extras=extras,
         tensors={**inputs, **written},
         written=tuple(written),
-        judge=lambda: oracle().judge(out, lse),
+        judge=lambda: oracle().judge(written["out"], written.get("lse")),
+        guards=guards,
+        read=_all_read(inputs, extras),
     )
 
 
@@ -108,20 +139,47 @@ def _backward_case(problem: Problem, inputs: dict[str, Tensor], extras: Extras, 
     dlse = random_lse_gradients(problem, device=device, seed=seed) if whole else None
     forward = Problem(spec=spec.forward(), shape=shape)
     out, lse = _exact_forward(forward, inputs, extras) if whole else _launched_forward(forward, inputs, extras)
-    written = dict(zip(("dq", "dk", "dv"), poisoned_gradients(problem, device=device), strict=True))
+    sizes = dict(zip(("dq", "dk", "dv"), poisoned_gradients(problem, device="meta"), strict=True))
     if spec.dbias and extras.bias is not None:
-        written["dbias"] = torch.full(bias_sizes(extras.bias), POISON, device=device)
+        sizes["dbias"] = torch.empty(bias_sizes(extras.bias), device="meta")
+    guards = _guards(sizes, device, whole)
+    written = {name: guard.tensor for name, guard in guards.items()}
     heads = None if whole else sampled_heads(shape.batch, shape.nheads_kv, _CHECKED_GROUPS, seed=0)
     oracle = functools.cache(
         lambda: GradientOracle(q, k, v, dout, spec=spec, extras=extras, dlse=dlse, heads=heads),
     )
+    given = {"out": out, "do": dout}
+    # lse and its gradient have no strides of their own.
+    read = {**inputs, **(_spread(given, first_gap=len(inputs) + 1) if whole else given), "lse": lse}
+    if dlse is not None:
+        read["dlse"] = dlse
     return Case(
         problem=problem,
         extras=extras,
-        tensors={**inputs, "out": out, "lse": lse, "do": dout, **({} if dlse is None else {"dlse": dlse}), **written},
+        tensors={**read, **written},
         written=tuple(written),
         judge=lambda: oracle().judge(Gradients(**written)),
+        guards=guards,
+        read=_all_read(read, extras),
     )
+
+
+def _spread(tensors: dict[str, Tensor], first_gap: int = 1) -> dict[str, Tensor]:
+    """Return copies with gaps of NaN in memory, each with strides of its own: a stride taken for another shows."""
+    return {
+        name: Guarded.copy_of(tensor, gap=gap).tensor for gap, (name, tensor) in enumerate(tensors.items(), first_gap)
+    }
+
+
+def _guards(sizes: dict[str, Tensor], device: torch.device, whole: bool) -> dict[str, Guarded]:
+    """Return guarded tensors of these sizes; those of small problems, but for dense lse and dbias, with gaps."""
+    gaps = {name: gap for gap, name in enumerate(("dq", "dk", "dv", "out"), 2)} if whole else {}
+    return {name: Guarded.like(size, device=device, gap=gaps.get(name, 0)) for name, size in sizes.items()}
+
+
+def _all_read(tensors: dict[str, Tensor], extras: Extras) -> tuple[Tensor, ...]:
+    given = (getattr(extras, field.name) for field in dataclasses.fields(extras))
+    return (*tensors.values(), *(t for t in given if isinstance(t, Tensor)), *extras.captures)
 
 
 def _exact_forward(problem: Problem, inputs: dict[str, Tensor], extras: Extras) -> tuple[Tensor, Tensor]:

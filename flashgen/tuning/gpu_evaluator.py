@@ -195,7 +195,7 @@ class GpuEvaluator:
 
     def close(self) -> None:
         for process in self._processes:
-            process.kill()
+            process.close()
 
 
 def _is_sound(timing: object) -> bool:

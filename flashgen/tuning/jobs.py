@@ -12,6 +12,7 @@ class Jobs:
     Attributes:
         compile: as `flashgen.compile.compile_job`.
         start: as `gpu_jobs.start`; run once in each measuring process.
+        stand_by: as `gpu_jobs.stand_by`; run in the process that takes the place of a measuring process that dies.
         evaluate: as `gpu_jobs.evaluate`.
         race: as `gpu_jobs.race`.
         confirm: as `gpu_jobs.confirm`.
@@ -25,6 +26,7 @@ class Jobs:
 
     compile: str = "flashgen.compile:compile_job"
     start: str = "flashgen.tuning.gpu_jobs:start"
+    stand_by: str = "flashgen.tuning.gpu_jobs:stand_by"
     evaluate: str = "flashgen.tuning.gpu_jobs:evaluate"
     race: str = "flashgen.tuning.gpu_jobs:race"
     confirm: str = "flashgen.tuning.gpu_jobs:confirm"

@@ -23,7 +23,9 @@ class MeasuringProcess:
         """Describe the process for `device`; it starts with the first request."""
         self.device = device
         self._jobs = jobs
-        self._worker = Worker(f"measuring process on {device}", setup=jobs.start, setup_args=(device,))
+        self._worker = Worker(
+            f"measuring process on {device}", setup=jobs.start, setup_args=(device,), stand_by=jobs.stand_by
+        )
         self._request = b""
         self._timeout_s = 0.0
         self._failed_starts = 0
@@ -90,6 +92,10 @@ class MeasuringProcess:
         """End the process at once; the next request starts another one."""
         self._worker.kill()
         self._warm_for = None
+
+    def close(self) -> None:
+        """End the process, and the one that stands by for it."""
+        self._worker.close()
 
     def _begin(self, request: bytes, timeout_s: float) -> None:
         self._request, self._timeout_s = request, timeout_s

@@ -20,6 +20,7 @@ from flashgen.tuning.effort import Effort
 from flashgen.tuning.evaluators import Evaluator
 from flashgen.tuning.events import PortfolioResult, ProblemResult, TuneReport
 from flashgen.tuning.journal import shown_place
+from flashgen.tuning.quarantine import Quarantine, default_quarantine
 from flashgen.tuning.search import ProblemSearch
 from flashgen.tuning.study import ProblemStudy, Tried
 from flashgen.tuning.task import Task
@@ -77,6 +78,7 @@ class OpenRun:
         self._searches_left = searches
         self._results: list[ProblemResult] = []
         self._files: dict[Path, None] = {}
+        self._said: set[str] = set()
 
     def tune(self, problems: typing.Iterable[Problem]) -> list[Searched]:
         """Search each problem and write its winner; a Ctrl-C ends them all once the best so far is written."""
@@ -101,6 +103,8 @@ class OpenRun:
         except NoKernelError as error:
             return Searched(result=self._impossible(index, problem, str(error)))
         task = self._task(problem, choices, effort, deadline)
+        quarantine = Quarantine(default_quarantine(), task.target, task.software)
+        self._say(quarantine.issue)
         search = ProblemSearch(
             task,
             study=self._study(task, choices),
@@ -108,10 +112,18 @@ class OpenRun:
             evaluator=self._evaluator,
             observer=self.run.observer,
             jobs=self.run.jobs,
+            quarantine=quarantine,
         )
         result = search.run(index)
         self.interrupted |= search.interrupted
+        self._say(quarantine.issue)
         return Searched(result=result, search=search)
+
+    def _say(self, issue: str) -> None:
+        """Tell what went wrong beside the search, once."""
+        if issue and issue not in self._said:
+            self._said.add(issue)
+            self.run.observer.stage(issue)
 
     def stop_if_interrupted(self) -> None:
         """Return if there was no Ctrl-C.

@@ -14,6 +14,7 @@ from flashgen.measure import Measurement, Outcome, Rejected, Timing
 from flashgen.tuning.evaluators import Evaluator, Final, failure_reason, times_longer
 from flashgen.tuning.events import Observer, ProblemResult, TrialRecord
 from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.quarantine import Quarantine
 from flashgen.tuning.study import ProblemStudy, Tried
 from flashgen.tuning.task import Task
 from flashgen.tuning.winner import Choice, by_speed, choose_winner, make_entry
@@ -65,6 +66,7 @@ class ProblemSearch:
         evaluator: Evaluator,
         observer: Observer,
         jobs: Jobs,
+        quarantine: Quarantine,
     ) -> None:
         self.task = task
         self.interrupted = False
@@ -75,6 +77,7 @@ class ProblemSearch:
         self._evaluator = evaluator
         self._observer = observer
         self._jobs = jobs
+        self._quarantine = quarantine
         self._tried = list(study.finished())
         self._resumed = len(self._tried)
         self._compiling: dict[int, KernelConfig] = {}
@@ -146,6 +149,10 @@ class ProblemSearch:
 
     def _ask(self) -> None:
         number, config = self._study.ask()
+        refused = self._quarantine.refusal(self.task.problem.spec, config)
+        if refused is not None:
+            self._record(number, config, None, refused)
+            return
         self._compiling[number] = config
         spec, target = self.task.problem.spec, self.task.target
         self._pool.submit(number, self._jobs.compile, spec, config, target, timeout_s=self._jobs.compile_timeout_s)
@@ -156,7 +163,9 @@ class ProblemSearch:
             return
         config = self._compiling.pop(number)
         if isinstance(outcome, WorkerFailure):
-            self._record(number, config, None, Rejected(stage="compile", reason=failure_reason(outcome)))
+            rejected = Rejected(stage="compile", reason=failure_reason(outcome))
+            self._quarantine.consider(self.task.problem, config, rejected)
+            self._record(number, config, None, rejected)
             return
         if not isinstance(outcome.value, CompileReport):
             reason = f"the compiler returned {outcome.value!r}"[:1000]
@@ -207,6 +216,8 @@ class ProblemSearch:
             accuracy = (outcome.max_error, outcome.allowed_error)
             tried = self._record(number, first.config, resources, outcome.timing, accuracy, first.report.binary_hash)
         else:
+            for candidate in (first, *others):
+                self._quarantine.consider(self.task.problem, candidate.config, outcome)
             tried = self._record(number, first.config, resources, outcome, binary_hash=first.report.binary_hash)
         self._known[key] = tried
         for candidate in others:
@@ -301,8 +312,14 @@ class ProblemSearch:
                     refused[choice.winner.config] = confirmed.reason
                     continue
                 choice = dataclasses.replace(choice, winner=confirmed)
-            self._refused |= refused
+            self._refuse(refused)
             return choice
+
+    def _refuse(self, refused: dict[KernelConfig, str]) -> None:
+        self._refused |= refused
+        if self._evaluator.origin == "measured":
+            for config, reason in refused.items():
+                self._quarantine.consider(self.task.problem, config, Rejected(stage="run", reason=reason))
 
     def _result(self, choice: Choice | None, note: str) -> ProblemResult:
         entry = None

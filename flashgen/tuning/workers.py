@@ -75,6 +75,7 @@ class Worker:
         setup_args: tuple[object, ...] = (),
         env: typing.Mapping[str, str] | None = None,
         start_timeout_s: float = 120.0,
+        stand_by: Function | None = None,
     ) -> None:
         """Describe a worker; nothing starts yet.
 
@@ -85,12 +86,18 @@ class Worker:
             setup_args: its arguments.
             env: environment variables that its interpreter starts with, added to the caller's.
             start_timeout_s: deadline of starting and `setup` together; a request's own deadline begins after it.
+            stand_by: called in a second process, which then waits, once this one answers: where this one dies, that
+                one is set up in its place. For what takes long and is nobody's, such as imports.
         """
         self.name = name
         self._setup = None if setup is None else _pack(setup, setup_args)
         self._env = dict(env or {})
         self._start_timeout_s = start_timeout_s
+        self._stand_by = None if stand_by is None else _pack(stand_by, ())
         self._process: WorkerProcess | None = None
+        self._spare: WorkerProcess | None = None
+        # Of a process that stood by, which has yet to be set up.
+        self._setup_due = False
         self._request = b""
         self._timeout_s = 0.0
         self._deadline: float | None = None
@@ -150,10 +157,13 @@ class Worker:
         self._starting = self._process is None
         self._began = time.monotonic()
         self._deadline = time.monotonic() + (self._start_timeout_s if self._starting else timeout_s)
-        if self._process is None:
-            self._process = WorkerProcess(self._setup, self._env)
+        if self._process is not None:
+            self._send(self._request)
+        elif self._spare is not None:
+            self._process, self._spare = self._spare, None
+            self._setup_due = self._setup is not None
         else:
-            self._send()
+            self._process, self._setup_due = WorkerProcess(self._setup, self._env), False
 
     def advance(self) -> Outcome | None:
         """Return how the request ended, or None while it is under way; never waits for it."""
@@ -166,14 +176,20 @@ class Worker:
         except (EOFError, OSError):
             return self._fail("crashed")
         if self._starting and ok:
+            if self._setup_due:
+                self._setup_due = False
+                self._send(self._setup or b"")
+                return None
             self._starting = False
             self._deadline = time.monotonic() + self._timeout_s
-            self._send()
+            self._send(self._request)
             return None
         self._stop_clock()
         if self._starting:
             self.kill()
             return WorkerFailure(kind="error", detail=f"{self.name} could not be set up: {reply}", at_start=True)
+        if self._stand_by is not None and self._spare is None:
+            self._spare = WorkerProcess(self._stand_by, self._env)
         return _unpacked(reply) if ok else WorkerFailure(kind="error", detail=reply)
 
     def hurry(self) -> None:
@@ -182,8 +198,15 @@ class Worker:
             self._timeout_s = min(self._timeout_s, _GRACE_S)
             self._deadline = min(self._deadline, time.monotonic() + _GRACE_S)
 
+    def close(self) -> None:
+        """End every process at once, that which stands by, too."""
+        self.kill()
+        if self._spare is not None:
+            self._spare.kill()
+            self._spare = None
+
     def kill(self) -> None:
-        """End the process and its children at once; the next request starts a new one."""
+        """End the process and its children at once; the next request goes to another one."""
         self._stop_clock()
         if self._process is not None:
             process, self._process = self._process, None
@@ -192,11 +215,11 @@ class Worker:
     def _stop_clock(self) -> None:
         self._ended_s, self._deadline = self.busy_s, None
 
-    def _send(self) -> None:
+    def _send(self, request: bytes) -> None:
         assert self._process is not None
         # A process that is gone shows as end of file at the next `advance`.
         with contextlib.suppress(OSError):
-            self._process.begin_request(self._request)
+            self._process.begin_request(request)
 
     def _fail(self, kind: typing.Literal["timeout", "crashed"]) -> WorkerFailure:
         assert self._process is not None

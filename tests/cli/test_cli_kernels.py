@@ -13,12 +13,14 @@ import torch
 from flashgen.cli.bench import show_comparisons
 from flashgen.cli.comparison import OURS, Comparison, compare
 from flashgen.cli.configs import parse_config, short_config
-from flashgen.cli.machine import interpreter_finding
-from flashgen.codegen import HopperForwardConfig
+from flashgen.cli.machine import interpreter_finding, quarantine_finding
+from flashgen.codegen import HopperForwardConfig, TritonForwardConfig
 from flashgen.errors import ConfigError
-from flashgen.measure import AccuracyReport, HostClock, attention_reference
+from flashgen.measure import AccuracyReport, HostClock, Rejected, attention_reference
 from flashgen.measure.peers import Peer
 from flashgen.spec import Extras, Problem, parse_problem
+from flashgen.target import Software, named_target
+from flashgen.tuning.quarantine import Quarantine, default_quarantine
 
 SMALL = "b=1 hq=2 hkv=1 s=128 d=64 causal fp16"
 
@@ -228,7 +230,24 @@ def test_doctor_finds_what_is_here(run: typing.Any, tuned: Path) -> None:
     found = {finding["name"]: finding for finding in document["findings"]}
     assert found["torch"]["value"].startswith(torch.__version__.split("+")[0])
     assert found["compiler"]["state"] == "ok"
+    assert found["quarantine"]["value"].endswith("quarantine.json)")
     assert found["registry (argument)"]["value"].startswith("1 entries")
+
+
+def test_doctor_counts_what_is_quarantined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path))
+    assert quarantine_finding().value.startswith("no config hung or killed a process")
+    path, problem = default_quarantine(), parse_problem("b=1 hq=1 hkv=1 s=64 d=64 fp16")
+    config = TritonForwardConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)
+    hung = Rejected(stage="run", reason="timeout: measuring process killed after 10 s")
+    for driver in ("580.1", "590.1"):
+        software = Software(flashgen="1", triton="3", torch="2", driver=driver)
+        Quarantine(path, named_target("H200"), software).consider(problem, config, hung)
+    found = quarantine_finding()
+    assert found.value.startswith(f"2 kernels hung or killed a process; remembered in {path}")
+    assert found.state == "note"
+    path.write_text("{")
+    assert "is not read" in quarantine_finding().value
 
 
 def test_doctor_fails_where_something_is_missing(run: typing.Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -25,6 +28,7 @@ PROBLEM = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
 PLANTED = Jobs(
     compile="planted_jobs:compile",
     start="planted_jobs:start",
+    stand_by="planted_jobs:stand_by",
     evaluate="planted_jobs:evaluate",
     race="planted_jobs:race",
     confirm="planted_jobs:confirm",
@@ -91,6 +95,35 @@ class Bench:
             jobs=jobs or self.jobs,
         )
 
+    def child(self, *, gpu: str | None, trials: int, before: str = "") -> subprocess.Popen[str]:
+        """Start the same run in another process, which prints the config of each trial it was told.
+
+        Args:
+            gpu: as for `prepared`; likewise the next.
+            trials: how many.
+            before: lines that it runs first.
+        """
+        script = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), *filter(None, sys.path)]!r}
+from pathlib import Path
+import flashgen.resources
+from conftest import Bench
+from flashgen.tuning import SilentObserver
+
+class Printer(SilentObserver):
+    def trial(self, record, best, done, seconds_left):
+        print(record.config, flush=True)
+
+flashgen.resources.shipped_registry_dir = lambda: Path({str(self.folder / "shipped")!r})
+{before}
+report = Bench(folder=Path({str(self.folder)!r})).run(gpu={gpu!r}, trials={trials}, workers=1, observer=Printer())
+print("interrupted" if report.interrupted else "done", len(report.files), flush=True)
+"""
+        return subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
+        )
+
 
 @functools.cache
 def _seeds(problem: Problem) -> tuple[KernelConfig, ...]:
@@ -102,6 +135,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("PLANTED_PLAN", str(tmp_path / "plan.json"))
     monkeypatch.setenv("PLANTED_LOG", str(tmp_path / "log"))
+    # What hung or crashed in one test is quarantined in its own cache.
+    monkeypatch.setenv("FLASHGEN_CACHE", str(tmp_path / "cache"))
     # What ships is a neighbour of every problem here, and would be tried first.
     monkeypatch.setattr("flashgen.resources.shipped_registry_dir", lambda: tmp_path / "shipped")
     bench = Bench(folder=tmp_path)

@@ -73,30 +73,16 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plant], None]:
     return set_fault
 
 
+def corner(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the index of the last element of any tensor: what kernels write has gaps in memory."""
+    return (-1,) * tensor.dim()
+
+
 def last_element(name: str) -> Plant:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].view(-1)[-1] = 30.0
+        tensors[name][corner(tensors[name])] = 30.0
 
     return spoil
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (OWN_DQ, "causal bf16"),
-        (ATOMIC, "causal fp16"),
-        (ORDERED, "full bias=input deterministic fp32"),
-        (OWN_DQ, "sliding_window(9,3) varlen fp16"),
-        (FORWARD, "causal fp16"),
-    ],
-    ids=str,
-)
-def test_right_kernels_pass(plant, config, words):
-    what = problem(words, "forward" if config is FORWARD else "backward")
-    assert gpu_jobs.check_awkward(what, config) is None
-    assert gpu_jobs.confirm(what, config) is None
-    error, allowed = gpu_jobs._check_own_shape(what, config)
-    assert 0 < error <= allowed
 
 
 @pytest.mark.parametrize("name", ["dq", "dk", "dv"])
@@ -113,7 +99,7 @@ def test_a_fault_in_any_gradient_is_caught(plant, config, name):
 
 @pytest.mark.parametrize("name", ["dq", "dk", "dv", "dbias"])
 def test_what_is_not_written_is_caught(plant, name):
-    plant(lambda tensors: tensors[name].view(-1)[-1:].fill_(torch.nan))
+    plant(lambda tensors: tensors[name][corner(tensors[name])].fill_(torch.nan))
     rejected = gpu_jobs.confirm(problem("causal bias=fp32 fp16"), OWN_DQ)
     assert isinstance(rejected, Rejected)
     assert f": {name}[" in rejected.reason
@@ -133,7 +119,7 @@ def test_the_gradient_of_a_bias_is_confirmed_where_there_is_one(plant):
 
 
 def test_lse_is_confirmed(plant):
-    plant(lambda tensors: tensors["lse"].view(-1)[-1:].add_(1.0) if "lse" in tensors else None)
+    plant(lambda tensors: tensors["lse"][corner(tensors["lse"])].add_(1.0) if "lse" in tensors else None)
     plain = problem("full fp16", "forward")
     assert gpu_jobs.check_awkward(plain, FORWARD) is None
     rejected = gpu_jobs.confirm(plain, FORWARD)
@@ -146,7 +132,7 @@ def test_bits_that_change_are_caught_but_of_atomic_sums(plant, name):
     runs = iter(range(100))
 
     def tremble(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].view(-1)[0] *= 1 + next(runs) % 2 * 2.0**-10
+        tensors[name][corner(tensors[name])] *= 1 + next(runs) % 2 * 2.0**-10
 
     plant(tremble)
     what = problem("full fp16")

@@ -19,6 +19,7 @@ from flashgen.tuning.effort import EFFORTS
 from flashgen.tuning.evaluators import Final
 from flashgen.tuning.events import ProblemResult, TrialRecord
 from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.quarantine import Quarantine, default_quarantine
 from flashgen.tuning.search import SPILL_LIMIT_BYTES, ProblemSearch
 from flashgen.tuning.study import ProblemStudy, Tried
 from flashgen.tuning.task import Task
@@ -244,7 +245,13 @@ class Bench:
             seed=0,
         )
         search = ProblemSearch(
-            task, study=study, pool=self.pool, evaluator=self.clock, observer=self.listener, jobs=Jobs()
+            task,
+            study=study,
+            pool=self.pool,
+            evaluator=self.clock,
+            observer=self.listener,
+            jobs=Jobs(),
+            quarantine=Quarantine(default_quarantine(), H200, SOFTWARE),
         )
         result = search.run(0)
         self.interrupted = search.interrupted

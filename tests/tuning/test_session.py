@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 import typing
-from pathlib import Path
 
 import pytest
 from optuna.storages.journal import JournalFileBackend
@@ -257,30 +255,9 @@ def test_a_study_in_use_is_refused(bench):
     assert bench.calls("compile") == []
 
 
-def child(bench: typing.Any, *, gpu: str | None, trials: int) -> subprocess.Popen[str]:
-    """Start the same run in another process, which prints the number and config of each trial it was told."""
-    script = f"""
-import sys
-sys.path[:0] = {[str(Path(__file__).parent), *filter(None, sys.path)]!r}
-from pathlib import Path
-import flashgen.resources
-from conftest import Bench
-from flashgen.tuning import SilentObserver
-
-class Printer(SilentObserver):
-    def trial(self, record, best, done, seconds_left):
-        print(record.config, flush=True)
-
-flashgen.resources.shipped_registry_dir = lambda: Path({str(bench.folder / "shipped")!r})
-report = Bench(folder=Path({str(bench.folder)!r})).run(gpu={gpu!r}, trials={trials}, workers=1, observer=Printer())
-print("interrupted" if report.interrupted else "done", len(report.files), flush=True)
-"""
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ.copy())
-
-
 def test_kill_9_loses_one_trial_at_most(bench):
     bench.plan(compile={config: {"sleep_s": 0.05} for config in bench.seeds})
-    with child(bench, gpu=None, trials=12) as process:
+    with bench.child(gpu=None, trials=12) as process:
         assert process.stdout is not None
         told = [process.stdout.readline().strip() for _ in range(5)]
         process.send_signal(signal.SIGKILL)
@@ -303,7 +280,7 @@ def test_kill_9_loses_one_trial_at_most(bench):
 
 def test_ctrl_c_of_the_process_saves_and_says_so(bench):
     bench.plan(compile={config: {"sleep_s": 0.05} for config in bench.seeds})
-    with child(bench, gpu="planted:0", trials=12) as process:
+    with bench.child(gpu="planted:0", trials=12) as process:
         assert process.stdout is not None
         told = [process.stdout.readline().strip() for _ in range(3)]
         process.send_signal(signal.SIGINT)

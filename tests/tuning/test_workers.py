@@ -47,6 +47,11 @@ def leave_note() -> None:
         file.write("set up\n")
 
 
+def stand_by() -> None:
+    with open(os.environ["FAULT_FILE"], "a") as file:
+        file.write("stands by\n")
+
+
 def square_wrongly(value: int) -> int:
     return value * value + 1
 
@@ -207,6 +212,50 @@ def test_setup_that_crashes_or_hangs_is_reported():
     hanging = Worker("hanging", setup=signal.pause, start_timeout_s=1.0)
     outcome = call(hanging, abs, 1)
     assert outcome == WorkerFailure(kind="timeout", detail="hanging killed after 1 s while it started", at_start=True)
+
+
+@pytest.fixture
+def guarded(tmp_path, monkeypatch):
+    """A worker with another process standing by; what both were called with is in the file FAULT_FILE."""
+    monkeypatch.setenv("FAULT_FILE", str(tmp_path / "notes"))
+    worker = Worker("guarded", setup=leave_note, stand_by=stand_by)
+    yield worker
+    worker.close()
+
+
+def notes() -> list[str]:
+    return Path(os.environ["FAULT_FILE"]).read_text().split("\n")[:-1]
+
+
+def test_who_stands_by_takes_over_and_another_stands_by(guarded):
+    assert call(guarded, abs, -1) == WorkerResult(value=1)
+    for _ in range(3):
+        before = guarded.pid
+        spare = guarded._spare.popen.pid
+        assert isinstance(call(guarded, os._exit, 3), WorkerFailure)
+        assert call(guarded, os.getpid) == WorkerResult(value=spare)
+        assert spare != before
+    assert notes().count("set up") == 4
+    assert notes().count("stands by") >= 3
+    first, second = guarded.pid, guarded._spare.popen.pid
+    guarded.close()
+    assert dies_within(first, 5.0)
+    assert dies_within(second, 5.0)
+
+
+def test_who_stood_by_and_died_blames_no_request(guarded):
+    call(guarded, abs, -1)
+    os.kill(guarded._spare.popen.pid, signal.SIGKILL)
+    guarded.kill()
+    outcome = call(guarded, abs, -1)
+    assert isinstance(outcome, WorkerFailure)
+    assert outcome.at_start
+    assert call(guarded, abs, -2) == WorkerResult(value=2)
+
+
+def test_nobody_stands_by_for_a_worker_that_never_answered(guarded):
+    call(guarded, os._exit, 3)
+    assert guarded._spare is None
 
 
 def test_worker_imports_only_what_the_function_needs(worker):
