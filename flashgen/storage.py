@@ -20,8 +20,10 @@ _PACKAGE = Path(__file__).parent
 _IGNORED = "__pycache__"
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to the disk, and rename it over `path`.
+def replace_file(path: Path, data: bytes, *, flush: bool = True) -> None:
+    """Write `data` to a temporary file beside `path`, and rename it over `path`; flushed to the disk before.
+
+    Without `flush` it takes no time of the disk's, and a crash of the machine may leave anything in the file.
 
     Raises:
         OSError: if the disk is full, the folder read-only, ...; `path` is then as it was and the temporary file gone.
@@ -30,8 +32,9 @@ def replace_file(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(name, _MODE)
         os.replace(name, path)
     except BaseException:
@@ -63,7 +66,8 @@ def keep(folder: str, key: str, text: str) -> None:
     path, data = _kept_path(folder, key), text.encode()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, b"%08x" % zlib.crc32(data) + data)
+        # The checksum tells what a crash left half written.
+        replace_file(path, b"%08x" % zlib.crc32(data) + data, flush=False)
 
 
 def _kept_path(folder: str, key: str) -> Path:
