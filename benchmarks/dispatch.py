@@ -47,9 +47,9 @@ _CALLS = {
     "call": "flashgen.attention, like an earlier call, no gradients",
     "raw": "raw launch of the same compiled kernel",
     "over": "the call over its raw launch",
-    "allocate": "of that, memory for out",
-    "before": "of that, all until the kernel is known",
-    "find": "of that, finding the kernel again",
+    "allocate": "of a call, memory for out",
+    "before": "of a call, all until its kernel is launched, memory aside",
+    "find": "of a call, finding the kernel again",
     "new": "choosing a kernel for a kind of call that is new",
     "empty": "to compare machines by: torch.empty(4) on the CPU",
 }
@@ -72,10 +72,12 @@ def main() -> None:
     if options.json:
         print_json({"shape": options.shape, **results})
         return
-    rows = [(_CALLS[name], f"{us:.2f}") for name, us in results["calls"].items()]
-    print_table((f"{options.shape}, {results['device']}", "us"), rows, numeric=("us",))
+    title = f"{options.shape}, {results['device']}"
+    if results["calls"]:
+        rows = [(_CALLS[name], f"{us:.2f}") for name, us in results["calls"].items()]
+        print_table((title, "us"), rows, numeric=("us",))
     if results["first"]:
-        headers = ("first call, ms", *_PARTS)
+        headers = (f"{title}: first call, ms", *_PARTS)
         cells = [
             (_FIRST[name], *(f"{parts[part]:.1f}" if part in parts else "" for part in _PARTS))
             for name, parts in results["first"].items()
