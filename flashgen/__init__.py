@@ -7,6 +7,7 @@ imported until it is used: `import flashgen` alone loads neither torch nor trito
 from __future__ import annotations
 
 import importlib
+import time
 import typing
 
 if typing.TYPE_CHECKING:
@@ -24,6 +25,8 @@ if typing.TYPE_CHECKING:
     from flashgen.tuning import tune as tune
 
 __version__ = "0.1.0"
+# Code that changes on the disk from now on may not be what this process runs.
+loaded_ns = time.time_ns()
 
 _HOME = {
     "FlashgenError": ("flashgen.errors", "FlashgenError"),

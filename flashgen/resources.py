@@ -48,6 +48,11 @@ def registry_override() -> tuple[Path, ...]:
     return tuple(Path(part) for part in value.split(os.pathsep) if part)
 
 
+def names_assembler() -> bool:
+    """Return whether Triton is told to use another assembler than its own."""
+    return any(os.environ.get(name) is not None for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"))
+
+
 def interpret_requested() -> bool:
     """Return whether FLASHGEN_INTERPRET asks for Triton's interpreter on CPU tensors."""
     return os.environ.get("FLASHGEN_INTERPRET", "") not in ("", "0")

@@ -6,6 +6,8 @@ import ast
 import dataclasses
 import functools
 import hashlib
+import os
+import sys
 
 import jinja2
 
@@ -14,6 +16,11 @@ from flashgen.codegen.kernel_plan import KernelPlan
 from flashgen.codegen.plan import make_plan
 from flashgen.resources import module_source, resource_dir
 from flashgen.spec import AttentionSpec
+from flashgen.storage import is_still, keep, own_folders, read_kept, tree_stamp
+
+_DIGITS = 16
+_FOLDER = "rendered"
+_JINJA = os.path.dirname(jinja2.__file__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +57,18 @@ def is_current(spec: AttentionSpec, config: KernelConfig, digest: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _render(plan: KernelPlan) -> RenderedKernel:
-    template = _environment().get_template(f"{plan.template}.py.jinja")
-    source = template.render(spec=plan.spec, plan=plan)
-    return RenderedKernel(source=source, entry_point=plan.entry_point, digest=code_digest(source), plan=plan)
+    # Reading templates and hashing code takes tens of milliseconds: the first process that does it keeps the result.
+    made_of = (*own_folders(), _JINJA)
+    stamp = tree_stamp(*made_of)
+    key = f"{stamp} {sys.version_info[:2]} {plan!r}"
+    text = read_kept(_FOLDER, key) if stamp else None
+    if text is None:
+        source = _environment().get_template(f"{plan.template}.py.jinja").render(spec=plan.spec, plan=plan)
+        text = code_digest(source) + source
+        if stamp and is_still(stamp, *made_of):
+            keep(_FOLDER, key, text)
+    digest, source = text[:_DIGITS], text[_DIGITS:]
+    return RenderedKernel(source=source, entry_point=plan.entry_point, digest=digest, plan=plan)
 
 
 @functools.lru_cache(maxsize=1)
@@ -79,7 +95,7 @@ def code_digest(source: str) -> str:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flashgen.")
     )
     text = "".join([_canonical(tree), *map(_canonical_module, imported)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 @functools.cache

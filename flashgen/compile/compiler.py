@@ -25,6 +25,7 @@ from flashgen.codegen import (
 from flashgen.codegen.arguments import element_type, scalar_type
 from flashgen.compile.binary import amdgcn_resources, cubin_resources
 from flashgen.compile.modules import load_kernel
+from flashgen.compile.stored import Recipe, binary_key, keep_kernel, stored_kernel
 from flashgen.errors import CompileError
 from flashgen.spec import AttentionSpec, DType
 from flashgen.target import GpuTarget
@@ -102,16 +103,21 @@ def _compile_entry(
     }
     if launch.maxnreg:
         options["maxnreg"] = launch.maxnreg
-    kernel = load_kernel(rendered, entry.name)
-    signature = {name: _argument_type(name, entry, spec, constants, kernel.is_gluon()) for name in entry.arguments}
+    is_gluon = rendered.plan.template.startswith("gluon/")
+    signature = {name: _argument_type(name, entry, spec, constants, is_gluon) for name in entry.arguments}
     signature |= dict.fromkeys(entry.constants, "constexpr")
-    make_source = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = make_source(kernel, signature, constexprs=constants, attrs=_alignment(entry, spec))
     arch: int | str = target.arch if target.backend == "hip" else target.capability
+    recipe = Recipe(
+        rendered=rendered,
+        entry=entry.name,
+        signature=signature,
+        constants=constants,
+        alignment=_alignment(entry, spec),
+        options=options,
+        target=GPUTarget(target.backend, arch, target.warp_size),
+    )
     try:
-        # Where the assembler refuses a kernel, Triton prints all of it.
-        with contextlib.redirect_stdout(io.StringIO()):
-            handle = triton_compile(source, target=GPUTarget(target.backend, arch, target.warp_size), options=options)
+        handle = _built(recipe, GluonASTSource if is_gluon else ASTSource)
     except Exception as error:
         raise CompileError(f"{config} for {target.arch}: {type(error).__name__}: {error}") from error
     return CompiledEntry(
@@ -120,6 +126,22 @@ def _compile_entry(
         constants=tuple(constants[name] for name in entry.constants),
         resources=_resources(handle, target),
     )
+
+
+def _built(recipe: Recipe, make_source: typing.Any) -> typing.Any:
+    """Return Triton's compiled kernel: what an earlier process left, or a new one."""
+    key = binary_key(recipe)
+    stored = None if key is None else stored_kernel(key, recipe, make_source)
+    if stored is not None:
+        return stored
+    kernel = load_kernel(recipe.rendered, recipe.entry)
+    source = make_source(kernel, dict(recipe.signature), dict(recipe.constants), dict(recipe.alignment))
+    # Where the assembler refuses a kernel, Triton prints all of it.
+    with contextlib.redirect_stdout(io.StringIO()):
+        handle = triton_compile(source, target=recipe.target, options=dict(recipe.options))
+    if key is not None:
+        keep_kernel(key, recipe, handle)
+    return handle
 
 
 def _resources(handle: typing.Any, target: GpuTarget) -> KernelResources:

@@ -55,20 +55,25 @@ def software_versions() -> Software:
 def _driver_version() -> str:
     if not torch.cuda.is_available():
         return "none"
+    # The kernel module's own file first: NVML says the same, and starting it takes the first call milliseconds.
+    return _driver_file_version() or _nvml_version() or "unknown"
+
+
+def _nvml_version() -> str | None:
     # NVML's version string ("580.159.04") names the driver; the CUDA API number does not.
     try:
         import pynvml
     except ImportError:
-        return _driver_file_version()
+        return None
     try:
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError:
-        return _driver_file_version()
+        return None
     return version if isinstance(version, str) else version.decode()
 
 
-def _driver_file_version() -> str:
+def _driver_file_version() -> str | None:
     for path in ("/proc/driver/nvidia/version", "/sys/module/nvidia/version", "/sys/module/amdgpu/version"):
         try:
             with open(path, encoding="utf-8") as file:
@@ -78,4 +83,4 @@ def _driver_file_version() -> str:
         numbers = [word for word in words if word.replace(".", "").isdigit() and "." in word]
         if numbers:
             return numbers[0]
-    return "unknown"
+    return None

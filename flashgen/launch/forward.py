@@ -40,6 +40,9 @@ class ForwardLaunch:
 
     Args (of a call): q, k, v, out, lse (None unless the spec has it), any of them with the bound strides, and the other
     tensors of the call as `SideTensors` gives them. Nothing is checked then: the caller has.
+
+    Attributes:
+        kernel: takes the same as one tuple, which is shorter.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class ForwardLaunch:
     ) -> None:
         (entry,), (built,) = plan.entries, compiled.entries
         layouts = {name: getattr(operands, name) for name in NAMES}
-        self._kernel = BoundKernel(
+        self.kernel = BoundKernel(
             entry,
             built,
             grid=num_programs(problem.shape, config, device),
@@ -65,7 +68,7 @@ class ForwardLaunch:
         )
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
-        self._kernel(tensors)
+        self.kernel(tensors)
 
 
 def grid_size(shape: Shape, config: KernelConfig) -> int:

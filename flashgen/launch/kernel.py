@@ -14,14 +14,18 @@ from flashgen.codegen import EntryPlan, argument_kind
 from flashgen.compile import CompiledEntry, descriptor_operand
 from flashgen.launch.descriptors import DescriptorForm
 from flashgen.launch.direct import DirectLaunch, Encode, direct_launch
-from flashgen.launch.tile_counter import tile_counter
+from flashgen.launch.tile_counter import counter_is_shared, tile_counter
 
 TILE_COUNTER = "tile_counter_ptr"
 _KEPT_MAPS = 256
+_KEPT_LAUNCHES = 256
+
+_hooks = triton.knobs.runtime
 
 # Of a call: a sequence or a mapping, and where a tensor is found in it.
 _Tensors = typing.Any
 _Slot = typing.Any
+_Direct = Callable[[_Tensors, "tuple[int, ...] | None"], None]
 
 
 class BoundKernel:
@@ -67,18 +71,19 @@ class BoundKernel:
             elif kind == "descriptor":
                 self._descriptors.append((index, slots[descriptor_operand(name)], descriptors[name]))
         self._device: int | None = None
-        self._direct: Callable[[_Tensors], None] | None = None
+        self._direct: _Direct | None = None
 
-    def __call__(self, tensors: _Tensors) -> None:
+    def __call__(self, tensors: _Tensors, addresses: tuple[int, ...] | None = None) -> None:
         """Launch on the current stream.
 
         Args:
             tensors: of the call, at the slots bound.
+            addresses: of those that the kernel takes, in the order of their slots, from who has read them anyway.
         """
         if self._direct is None or _is_watched():
             self._launch(tensors)
         else:
-            self._direct(tensors)
+            self._direct(tensors, addresses)
 
     def _launch(self, tensors: _Tensors) -> None:
         device = torch._C._cuda_getDevice()
@@ -96,7 +101,7 @@ class BoundKernel:
         if first and self._grid:
             self._direct = self._find_direct(arguments, device)
 
-    def _find_direct(self, arguments: Sequence[object], device: int) -> Callable[[_Tensors], None] | None:
+    def _find_direct(self, arguments: Sequence[object], device: int) -> _Direct | None:
         counter = () if self._counter is None else (self._counter,)
         found = direct_launch(
             self._handle,
@@ -117,43 +122,73 @@ def _replay(
     device: int,
     slots: Sequence[_Slot],
     forms: Sequence[tuple[_Slot, DescriptorForm]],
-) -> Callable[[_Tensors], None]:
-    """Return a function that launches directly; a pointer past the slots is that of the tile counter."""
+) -> _Direct:
+    """Return a function that launches directly; a pointer past the slots is that of the tile counter.
+
+    All that one launch has of its own are addresses and the stream. PyTorch's allocator gives the same few addresses
+    again and again, so the values of past launches are kept by them.
+    """
     function, before, after, nested = direct.function, direct.before, direct.after, direct.nested
+    fill = _filling(direct, slots, forms)
+    counter = direct.pointers[-1] if len(direct.pointers) > len(slots) else None
+    addressed = sorted({*slots, *(slot for slot, _ in forms)})
+    stream_of = torch._C._cuda_getCurrentRawStream
+    kept: dict[tuple[int, ...], tuple[object, ...]] = {}
+
+    def arguments(tensors: _Tensors, stream: int, count: torch.Tensor | None) -> tuple[object, ...]:
+        values = fill(tensors)
+        if counter is not None and count is not None:
+            values[counter] = count.data_ptr()
+        return (*before, stream, *after, values) if nested else (*before, stream, *values)
+
+    def run(tensors: _Tensors, addresses: tuple[int, ...] | None) -> None:
+        stream = stream_of(device)
+        count: torch.Tensor | None = None
+        if counter is not None and not counter_is_shared(stream):
+            # Held until the launch is queued.
+            count = tile_counter(device, stream)
+            function(*arguments(tensors, stream, count))
+            return
+        key = (stream, *(addresses or [tensors[slot].data_ptr() for slot in addressed]))
+        given = kept.get(key)
+        if given is None:
+            if len(kept) >= _KEPT_LAUNCHES:
+                kept.clear()
+            if counter is not None:
+                count = tile_counter(device, stream)
+            given = kept[key] = arguments(tensors, stream, count)
+        function(*given)
+
+    return run
+
+
+def _filling(
+    direct: DirectLaunch, slots: Sequence[_Slot], forms: Sequence[tuple[_Slot, DescriptorForm]]
+) -> Callable[[_Tensors], list[object]]:
+    """Return what makes the kernel's values of a call's tensors, all but the tile counter."""
     template = direct.values
     pointers = tuple(zip(direct.pointers, slots, strict=False))
-    counter = direct.pointers[-1] if len(direct.pointers) > len(slots) else None
     maps = tuple(
         (position, slot, *_kept_maps(form, encode))
         for position, encode, (slot, form) in zip(direct.maps, direct.encoders, forms, strict=True)
     )
-    stream_of = torch._C._cuda_getCurrentRawStream
 
-    def run(tensors: _Tensors) -> None:
-        stream = stream_of(device)
+    def fill(tensors: _Tensors) -> list[object]:
         values = template.copy()
         for position, slot in pointers:
             values[position] = tensors[slot].data_ptr()
         for position, slot, known, encode in maps:
             base = tensors[slot]
             values[position] = known.get(base.data_ptr()) or encode(base)
-        if counter is not None:
-            # Held until the launch is queued.
-            count = tile_counter(device, stream)
-            values[counter] = count.data_ptr()
-        if nested:
-            function(*before, stream, *after, values)
-        else:
-            function(*before, stream, *values)
+        return values
 
-    return run
+    return fill
 
 
 def _kept_maps(form: DescriptorForm, encode: Encode) -> tuple[dict[int, object], Callable[[torch.Tensor], object]]:
     """Return encoded descriptors by address, and what adds that of a tensor and returns it.
 
-    Sizes and strides are the form's, so an address is all that one map has of its own. PyTorch's allocator gives the
-    same few addresses again and again.
+    Sizes and strides are the form's, so an address is all that one map has of its own.
     """
     known: dict[int, object] = {}
 
@@ -180,10 +215,12 @@ def launch(handle: typing.Any, grid: int, arguments: Sequence[object]) -> None:
 
 
 def _is_watched() -> bool:
-    hooks = triton.knobs.runtime
-    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-    # Chains of hooks, empty unless somebody added one; older code sets a plain function or None.
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    try:
+        return bool(enter.calls or leave.calls)
+    except AttributeError:
+        # Chains of hooks are empty unless somebody added one; older code sets a plain function or None.
+        return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 # What each compiled kernel was loaded as, by device; None stands for itself, which must not keep itself alive.

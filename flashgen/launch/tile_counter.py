@@ -14,6 +14,11 @@ _counters: dict[tuple[int, int], torch.Tensor] = {}
 _PER_THREAD_STREAM = 2
 
 
+def counter_is_shared(stream: int) -> bool:
+    """Return whether all launches on the current stream, of this handle, take one counter; see `tile_counter`."""
+    return not torch.cuda.is_current_stream_capturing() and stream != _PER_THREAD_STREAM
+
+
 def tile_counter(device: int, stream: int) -> torch.Tensor:
     """Return int32 [2] of zeros on a GPU, for one launch on its current stream.
 
@@ -26,7 +31,7 @@ def tile_counter(device: int, stream: int) -> torch.Tensor:
         device: index of the current device.
         stream: handle of its current stream.
     """
-    if torch.cuda.is_current_stream_capturing() or stream == _PER_THREAD_STREAM:
+    if not counter_is_shared(stream):
         return _zeros(device)
     counter = _counters.get((device, stream))
     if counter is None:

@@ -8,36 +8,53 @@ import typing
 
 import torch
 
-from flashgen.ops.call import Options
 from flashgen.ops.runtime import Runner
 from flashgen.registry import generation
 
 logger = logging.getLogger("flashgen")
 
 Check = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor], bool]
+Asked = collections.abc.Hashable
+"""All that a call asks for besides its tensors."""
 # Of one set of options: the layers of a model are of few kinds. Each takes a check from all the later ones.
 _MOST_KINDS = 4
+# A program may make up options as it goes, such as a scale that is learned.
+_MOST_OPTIONS = 256
 
 
 class RecentRunners:
-    """Runners of calls of nothing but Q, K and V, by options and by their sizes, strides, dtypes and devices."""
+    """Runners of calls of nothing but Q, K and V, by options and by all that PyTorch would guard the tensors by.
+
+    These are their types, sizes, strides, dtypes and devices, whether they require a gradient, and the keys that they
+    are dispatched on, those of this thread included: inside autocast, inference mode, a mode of `__torch_dispatch__` or
+    a transform of `torch.func` other runners are found than outside. Alignment is not among them.
+    """
 
     def __init__(self) -> None:
-        self._kinds: dict[Options, tuple[tuple[Check, Runner], ...]] = {}
+        self._kinds: dict[Asked, tuple[tuple[Check, Runner], ...]] = {}
         self._generation = -1
 
-    def find(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Runner | None:
+    def find(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Asked) -> Runner | None:
         """Return the runner that was kept for such a call, unless registries have changed since."""
         if self._generation != generation():
             return None
-        for check, runner in self._kinds.get(options, ()):
+        try:
+            kinds = self._kinds.get(options, ())
+        except TypeError:
+            # Something that has no hash, and is no option: the checks of a new call will say which.
+            return None
+        for check, runner in kinds:
             if check(q, k, v):
                 return runner
         return None
 
-    def keep(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, runner: Runner) -> None:
+    def has_room(self, options: Asked) -> bool:
+        """Return whether another kind of call with these options would be kept."""
+        return self._generation != generation() or len(self._kinds.get(options, ())) < _MOST_KINDS
+
+    def keep(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Asked, runner: Runner) -> None:
         """Keep the runner for later calls like this one, the first few kinds of them."""
-        if self._generation != generation():
+        if self._generation != generation() or len(self._kinds) >= _MOST_OPTIONS:
             self._kinds.clear()
             self._generation = generation()
         kinds = self._kinds.get(options, ())

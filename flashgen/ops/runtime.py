@@ -37,10 +37,22 @@ from flashgen.target import GpuTarget
 logger = logging.getLogger("flashgen")
 
 Outputs = tuple[torch.Tensor, "torch.Tensor | None"]
-Runner = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Tensors], Outputs]
+Addresses = tuple[int, int, int]
 # Around PyTorch's dispatcher, as the code that Inductor generates does; half the time of `torch.empty`.
 _empty_strided: collections.abc.Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] | None
 _empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+class Runner(typing.Protocol):
+    """Runs calls of one kind."""
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, addresses: Addresses | None = None
+    ) -> Outputs:
+        """Return out and lse; `addresses` are those of Q, K and V, from who has read them anyway."""
+        ...
+
+
 _Change = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
@@ -110,7 +122,9 @@ def _with_inputs(change: _Change, options: Options) -> Runner:
     """Return a runner that changes Q, K and V first; what they become is prepared on its own first call."""
     runners: dict[tuple[object, ...], Runner] = {}
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> Outputs:
+    def run(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, addresses: Addresses | None = None
+    ) -> Outputs:
         q, k, v = change(q, k, v)
         key = (q.stride(), k.stride(), v.stride())
         if key not in runners:
@@ -194,7 +208,7 @@ class _Bound:
         spec = problem.spec
         plan = render(spec, config).plan
         self._side_tensors = SideTensors(plan)
-        self._launch = ForwardLaunch(
+        self._kernel = ForwardLaunch(
             plan=plan,
             compiled=compiled_kernel(spec, config, selection.target),
             problem=problem,
@@ -202,7 +216,7 @@ class _Bound:
             operands=operands_of(q, k, v, problem, options.layout),
             extras=extras,
             device=q.device,
-        )
+        ).kernel
         self._problem = problem
         self._config = config
         self._options = options
@@ -213,21 +227,27 @@ class _Bound:
         # A call of nothing but Q, K and V asks for none of the work that other tensors make.
         self._side = extras_need_side(extras) or not spec.mask.by_formula
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> Outputs:
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, addresses: Addresses | None = None
+    ) -> Outputs:
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._device):
-                return self(q, k, v, tensors)
+                return self(q, k, v, tensors, addresses)
         out = self._out(q)
         lse = None if self._lse is None else self._lse(q)
         if not self._side:
-            self._launch(q, k, v, out, lse)
+            if addresses is not None:
+                made = (out.data_ptr(),) if lse is None else (out.data_ptr(), lse.data_ptr())
+                self._kernel((q, k, v, out, lse), addresses + made)
+            else:
+                self._kernel((q, k, v, out, lse))
             return out, lse
         extras = extras_of(self._problem, tensors, self._options)
         if extras.cu_seqlens_q is not None and not sequences_fill(q, k, tensors, self._options)[0]:
             # A kernel writes the rows of sequences alone.
             fill_unseen(out, lse)
         table = forward_table(self._problem, self._config, extras, self._device)
-        self._launch(q, k, v, out, lse, *self._side_tensors(extras, table))
+        self._kernel((q, k, v, out, lse, *self._side_tensors(extras, table)))
         return out, lse
 
 
@@ -273,7 +293,14 @@ def lse_size(q: torch.Tensor, problem: Problem, layout: str) -> tuple[int, ...]:
 
 
 def run_unseen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, *, problem: Problem, layout: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensors: Tensors,
+    addresses: Addresses | None = None,
+    *,
+    problem: Problem,
+    layout: str,
 ) -> Outputs:
     """Return the outputs of a call without any key or without any query: nothing to launch."""
     spec = problem.spec

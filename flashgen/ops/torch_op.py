@@ -79,12 +79,14 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
             out, lse = _fake_forward(q, k, v, *arguments(tensors, options))
             return out, lse if options.return_lse else None
         return forward_cpu(q, k, v, tensors, options)
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if (addresses[0] | addresses[1] | addresses[2]) & 15:
         say_copied("tensors that are not 16-byte aligned")
         q, k, v = (t.clone(memory_format=torch.contiguous_format) if t.data_ptr() & 15 else t for t in (q, k, v))
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     is_plain = tensors is NO_TENSORS
     if is_plain and (runner := _recent.find(q, k, v, options)) is not None:
-        return runner(q, k, v, tensors)
+        return runner(q, k, v, tensors, addresses)
     dtype = q.dtype
     key = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), dtype, k.dtype, v.dtype,
@@ -101,7 +103,12 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
     elif is_plain:
         # Its second call: there will be more.
         _recent.keep(q, k, v, options, runner)
-    return runner(q, k, v, tensors)
+    return runner(q, k, v, tensors, addresses)
+
+
+def known_runner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Runner | None:
+    """Return what runs calls like this one, of nothing but Q, K and V, once there was more than one."""
+    return _recent.find(q, k, v, options)
 
 
 def kinds_of(tensors: Tensors) -> tuple[object, ...]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import filelock
 
 from flashgen.errors import RegistryError
-from flashgen.registry.atomic import replace_file
 from flashgen.registry.contents import FileContents, FileIssue
 from flashgen.registry.entry import RegistryEntry
 from flashgen.registry.locations import entries_changed
 from flashgen.registry.merging import merge
 from flashgen.registry.yaml_text import MAX_FILE_BYTES, dump, parse, readable
 from flashgen.spec import Phase
+from flashgen.storage import replace_file
 
 LOCK_TIMEOUT_S = 60.0
 

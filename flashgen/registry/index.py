@@ -15,11 +15,11 @@ import zlib
 from pathlib import Path
 
 from flashgen import resources
-from flashgen.registry.atomic import replace_file
 from flashgen.registry.codec import entry_from_dict
 from flashgen.registry.contents import FileContents, FileIssue
 from flashgen.registry.entry import RegistryEntry
 from flashgen.spec import AttentionSpec
+from flashgen.storage import replace_file
 
 INDEX_VERSION = 3
 INDEX_FOLDER = "registry-index"

@@ -8,11 +8,11 @@ import typing
 from pathlib import Path
 
 from flashgen.errors import InputError
-from flashgen.registry.atomic import replace_file
 from flashgen.report.charts import overview_charts, problem_charts
 from flashgen.report.data import StudyReport
 from flashgen.report.drawing import style, write_png
 from flashgen.report.page import render_page
+from flashgen.storage import replace_file
 
 _MAX_NAME_CHARACTERS = 100
 

@@ -37,7 +37,7 @@ def test_file_holds_the_source_and_is_named_by_it(rendered: RenderedKernel, tmp_
     assert path.read_bytes() == rendered.source.encode()
     assert rendered.digest in path.name
     assert path.is_relative_to(tmp_path / "cache")
-    assert files(tmp_path) == [path.name]
+    assert files(path.parent) == [path.name]
 
 
 def test_equal_sources_share_a_file(rendered: RenderedKernel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Callable
@@ -198,26 +199,68 @@ def test_addresses_that_come_again_are_not_encoded_again(gpu: Driver) -> None:
 
 
 def maps_of(call: tuple[object, ...]) -> list[Map]:
-    values = call[-1] if isinstance(call[-1], tuple) else call
-    return [value for value in values if isinstance(value, Map)]
+    return [value for value in values_of(call) if isinstance(value, Map)]
 
 
 def test_only_so_many_maps_are_kept(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashgen.launch.kernel._KEPT_MAPS", 4)
+    monkeypatch.setattr("flashgen.launch.kernel._KEPT_LAUNCHES", 5)
     calls = Calls()
     kernel = bind(Handle(launcher(calls, ARGUMENTS)))
     kept = [tensors() for _ in range(11)]
     for given in (*kept, *kept):
         kernel(given)
-    assert kernel._direct is not None
-    maps = next(cell.cell_contents for cell in kernel._direct.__closure__ or () if _is_maps(cell.cell_contents))
+    used = inspect.getclosurevars(kernel._direct).nonlocals
+    assert 0 < len(used["kept"]) <= 5
+    fill = inspect.getclosurevars(used["arguments"]).nonlocals["fill"]
+    maps = inspect.getclosurevars(fill).nonlocals["maps"]
+    assert len(maps) == 2
     assert all(0 < len(known) <= 4 for _, _, known, _ in maps)
     assert len(calls.all) == 22
     assert calls.all[:11] == calls.all[11:]
 
 
-def _is_maps(value: object) -> bool:
-    return isinstance(value, tuple) and bool(value) and isinstance(value[0], tuple) and len(value[0]) == 4
+def test_captured_launches_are_not_kept(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+
+    def zeros(device: int) -> torch.Tensor:
+        made.append(torch.zeros(2, dtype=torch.int32))
+        return made[-1]
+
+    monkeypatch.setattr("flashgen.launch.tile_counter._zeros", zeros)
+    calls = Calls()
+    kernel = bind(Handle(launcher(calls, ARGUMENTS)))
+    given = tensors()
+    kernel(given)
+    kernel(given)
+    with monkeypatch.context() as capture:
+        capture.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+        kernel(given)
+        kernel(given)
+    kernel(given)
+    # Outside one counter for the stream, inside each launch its own.
+    assert len(made) == 3
+    counters = [counter.data_ptr() for counter in made]
+    used = [next(value for value in values_of(call) if value in counters) for call in calls.all]
+    assert used == [counters[0], counters[0], counters[1], counters[2], counters[0]]
+
+
+def values_of(call: tuple[object, ...]) -> tuple[object, ...]:
+    return call[-1] if isinstance(call[-1], tuple) else call
+
+
+def test_a_caller_s_addresses_are_those_of_the_tensors(gpu: Driver) -> None:
+    calls = Calls()
+    kernel = bind(Handle(launcher(calls, ARGUMENTS)))
+    kept = [tensors() for _ in range(3)]
+    for given in (kept[0], *kept):
+        kernel(given)
+    for given in kept:
+        kernel(given, tuple(t.data_ptr() for t in given))
+    assert calls.all[1:4] == calls.all[4:]
+    # Kept under the same keys: nothing was made anew.
+    assert kernel._direct is not None
+    assert len(inspect.getclosurevars(kernel._direct).nonlocals["kept"]) == 3
 
 
 def check_public(handle: Handle, calls: Calls, gpu: Driver) -> None:

@@ -109,7 +109,7 @@ def test_the_short_way_is_known_here(config: KernelConfig) -> None:
     launch = bound(config, given)
     for _ in range(2):
         launch(*given.tensors.values())
-    assert launch._kernel._direct is not None
+    assert launch.kernel._direct is not None
 
 
 def test_streams_at_once(config: KernelConfig) -> None:

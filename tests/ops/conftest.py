@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.ops import backward_op, cpu, lengths, reading, runtime, torch_op
+from flashgen.ops import backward_op, cpu, functional, lengths, reading, runtime, torch_op
 from flashgen.registry import clear_bundles
 
 
@@ -21,6 +21,7 @@ def _fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     runtime._load_registry.cache_clear()
     torch_op._memo.clear()
     torch_op._recent.clear()
+    functional._recent.clear()
     backward_op._memo.clear()
     cpu.say_eager.cache_clear()
     lengths._known.clear()
@@ -29,4 +30,5 @@ def _fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     clear_bundles()
     torch_op._memo.clear()
     torch_op._recent.clear()
+    functional._recent.clear()
     backward_op._memo.clear()
