@@ -20,9 +20,9 @@ import filelock
 
 from flashgen.codegen import KernelConfig, constant_values, render
 from flashgen.measure import Rejected
-from flashgen.registry.atomic import replace_file
 from flashgen.resources import cache_dir
 from flashgen.spec import AttentionSpec, Problem
+from flashgen.storage import replace_file
 from flashgen.target import GpuTarget, Software
 
 _FORMAT = 1

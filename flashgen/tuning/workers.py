@@ -226,7 +226,7 @@ class Worker:
         process, limit = self._process, self._start_timeout_s if self._starting else self._timeout_s
         self.kill()
         when = " while it started" if self._starting else ""
-        how = f"killed after {limit:g} s" if kind == "timeout" else process.ending()
+        how = f"killed after {limit:.3g} s" if kind == "timeout" else process.ending()
         detail = f"{self.name} {how}{when}{process.last_words()}"
         return WorkerFailure(kind=kind, detail=detail, at_start=self._starting)
 

@@ -43,7 +43,7 @@ def test_a_killed_worker_costs_one_trial_and_seconds(bench):
     (result,) = bench.run(trials=8, observer=watch).results
     refused = {r.config: r.result for _, r in watch.ended if isinstance(r.result, Rejected)}
     assert set(refused) == {first, second, third}
-    assert "measuring process died of SIGKILL" in refused[first].reason
+    assert "measuring process on planted:0 died of SIGKILL" in refused[first].reason
     assert "died of SIGKILL" in refused[third].reason
     assert len(result.trials) == 8
     assert result.entry is not None
@@ -133,8 +133,8 @@ def test_a_wall_clock_that_jumps_moves_no_deadline(bench, monkeypatch):
     assert time.monotonic() - start < 40.0
     assert (len(result.trials), result.note) == (6, "")
     refused = [r for _, r in watch.ended if isinstance(r.result, Rejected)]
-    assert [(r.config, r.result.reason[:40]) for r in refused] == [
-        (bench.seeds[0], "timeout: measuring process killed after ")
+    assert [(r.config, r.result.reason[:53]) for r in refused] == [
+        (bench.seeds[0], "timeout: measuring process on planted:0 killed after ")
     ]
     assert result.entry is not None
     dates = [result.entry.provenance.date]

@@ -48,9 +48,9 @@ def test_another_problem_does_not_meet_what_hung_or_crashed(bench):
     # What was wrong is wrong at its own problem alone, and what somebody killed did nothing.
     assert set(said) == {0, 1}
     assert said[0].startswith("quarantined on 2")
-    assert f"at {SMALL}, ended in timeout: measuring process killed after 2" in said[0]
+    assert f"at {SMALL}, ended in timeout: measuring process on planted:0 killed after 2" in said[0]
     assert str(default_quarantine()) in said[0]
-    assert "ended in crashed: measuring process died of SIGABRT (" in said[1]
+    assert "ended in crashed: measuring process on planted:0 died of SIGABRT (" in said[1]
     refused = outcomes(report, 1)[first]
     assert isinstance(refused, Rejected)
     assert refused.stage == "run"
