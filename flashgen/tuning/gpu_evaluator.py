@@ -15,7 +15,7 @@ from flashgen.registry import Origin
 from flashgen.spec import Phase, Problem
 from flashgen.tuning.evaluators import Final, failure_reason, times_longer
 from flashgen.tuning.jobs import Jobs
-from flashgen.tuning.study import Tried
+from flashgen.tuning.tried import Tried
 from flashgen.tuning.workers import Outcome as WorkerOutcome
 from flashgen.tuning.workers import Worker, WorkerFailure, pack_request
 

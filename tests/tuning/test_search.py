@@ -20,8 +20,9 @@ from flashgen.tuning.evaluators import Final
 from flashgen.tuning.events import ProblemResult, TrialRecord
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.search import SPILL_LIMIT_BYTES, ProblemSearch
-from flashgen.tuning.study import ProblemStudy, Tried
+from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
+from flashgen.tuning.tried import Tried
 from flashgen.tuning.winner import choose_winner
 from flashgen.tuning.workers import Finished, WorkerResult
 
