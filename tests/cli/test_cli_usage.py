@@ -26,7 +26,7 @@ from flashgen.integrations import load_presets
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "tune", "retune", "report", "show", "explain", "emit", "compile", "bench", "verify", "export", "schema", "doctor",
+    "tune", "join", "retune", "report", "show", "explain", "emit", "compile", "bench", "verify", "export", "schema", "doctor",
 )  # fmt: skip
 SHAPE = "b=1 h=2 s=128 d=64 fp16"
 
