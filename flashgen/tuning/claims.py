@@ -16,10 +16,8 @@ from flashgen.tuning.tried import Tried, told
 
 # Other machines may take the first ones that it chose.
 _TRIES = 3
-
-
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
-# Of its time, a machine without work spends the inverse of this on looking for some.
+# A machine without work spends one part in so many of its time on looking for some.
 _PAUSES_PER_LOOK = 20.0
 
 

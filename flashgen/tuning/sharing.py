@@ -17,7 +17,8 @@ from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.tried import Tried
 
 _POLL_S = 0.25
-_POLL_SHARE = 3.0
+# Of the time between two polls, each takes the inverse of this at most.
+_POLLS_APART = 3.0
 # Enough for a thousand machines at a trial in four seconds each; each of them reads the whole list to choose from it.
 MOST_OFFERS = 64
 
@@ -122,7 +123,7 @@ class Sharing:
             if self._study.withdraw(key[0]):
                 del self._running[key]
         # Where there is much to read, it is read less often.
-        self._next_poll = time.monotonic() + max(_POLL_S, _POLL_SHARE * (time.monotonic() - now))
+        self._next_poll = time.monotonic() + max(_POLL_S, _POLLS_APART * (time.monotonic() - now))
         return handed_in
 
     def close(self) -> None:
