@@ -35,7 +35,7 @@ from flashgen.tuning.choices import find_choices
 from flashgen.tuning.config_space import suggest_config
 from flashgen.tuning.effort import Effort
 from flashgen.tuning.sampler import UntriedNeighbourSampler
-from flashgen.tuning.study import FAILED_US
+from flashgen.tuning.tried import FAILED_US
 
 HERE = Path(__file__).parent
 Times = dict[KernelConfig, float]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 import flashgen
-from flashgen.cli import bench, doctor, emit, explain, export, registry, report, retune, show, tune, verify
+from flashgen.cli import bench, doctor, emit, explain, export, join, registry, report, retune, show, tune, verify
 from flashgen.cli import compile as compile_command
 from flashgen.cli.exits import reported
 
@@ -40,6 +40,7 @@ def _root(
 
 _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("tune", tune.tune, tune.EXAMPLE),
+    ("join", join.join, join.EXAMPLE),
     ("retune", retune.retune, retune.EXAMPLE),
     ("report", report.report, report.EXAMPLE),
     ("show", show.show, show.EXAMPLE),

@@ -29,7 +29,11 @@ Budget = typing.Annotated[
 ]
 Study = typing.Annotated[
     str | None,
-    typer.Option("--study", metavar="URL", help="Optuna storage that holds the trials; default: in the cache."),
+    typer.Option(
+        "--study",
+        metavar="URL",
+        help="Optuna storage that holds the trials, by which other machines join; default: a journal in the cache.",
+    ),
 ]
 Workers = typing.Annotated[
     int | None, typer.Option("--workers", metavar="N", min=1, help="Compiling processes; default: by the CPU's cores.")

@@ -27,7 +27,7 @@ from flashgen.spec import Problem, parse_problem
 from flashgen.target import GpuTarget, named_target
 from flashgen.tuning.journal import shown_place
 from flashgen.tuning.model_evaluator import ModelEvaluator
-from flashgen.tuning.study import tried_from
+from flashgen.tuning.tried import tried_from
 
 ShortName = typing.Callable[[KernelConfig], str]
 
@@ -141,7 +141,7 @@ def _trials(study: optuna.Study, short_name: ShortName) -> tuple[Trial, ...]:
 
 
 def _trial(place: int, frozen: FrozenTrial, clock: _Stopwatch, short_name: ShortName) -> Trial:
-    tried = tried_from(frozen.number, frozen.user_attrs)
+    tried = tried_from(frozen)
     if tried.passed and not (math.isfinite(tried.timing.median_us) and tried.timing.median_us > 0):
         raise InputError(
             f"the study is damaged: trial {frozen.number} took {tried.timing.median_us} us; move it away or name "

@@ -12,6 +12,7 @@ from flashgen.errors import MissingDependencyError
 
 if typing.TYPE_CHECKING:
     from flashgen.tuning.effort import EFFORTS as EFFORTS
+    from flashgen.tuning.events import JoinReport as JoinReport
     from flashgen.tuning.events import Observer as Observer
     from flashgen.tuning.events import ProblemResult as ProblemResult
     from flashgen.tuning.events import SilentObserver as SilentObserver
@@ -20,10 +21,12 @@ if typing.TYPE_CHECKING:
     from flashgen.tuning.retuning import Reraced as Reraced
     from flashgen.tuning.retuning import RetuneReport as RetuneReport
     from flashgen.tuning.retuning import retune as retune
+    from flashgen.tuning.session import join as join
     from flashgen.tuning.session import tune as tune
 
 _HOME = {
     "EFFORTS": "flashgen.tuning.effort",
+    "JoinReport": "flashgen.tuning.events",
     "Observer": "flashgen.tuning.events",
     "ProblemResult": "flashgen.tuning.events",
     "Reraced": "flashgen.tuning.retuning",
@@ -31,12 +34,14 @@ _HOME = {
     "SilentObserver": "flashgen.tuning.events",
     "TrialRecord": "flashgen.tuning.events",
     "TuneReport": "flashgen.tuning.events",
+    "join": "flashgen.tuning.session",
     "retune": "flashgen.tuning.retuning",
     "tune": "flashgen.tuning.session",
 }
 
 __all__ = [
     "EFFORTS",
+    "JoinReport",
     "Observer",
     "ProblemResult",
     "Reraced",
@@ -44,6 +49,7 @@ __all__ = [
     "SilentObserver",
     "TrialRecord",
     "TuneReport",
+    "join",
     "retune",
     "tune",
 ]

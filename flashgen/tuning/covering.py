@@ -15,7 +15,7 @@ from flashgen.tuning.events import PortfolioResult, ServedProblem, TuneReport
 from flashgen.tuning.opened_run import OpenRun, Searched
 from flashgen.tuning.portfolio import Cover, choose_columns, columns_needed
 from flashgen.tuning.run import Run, one_of_each_key
-from flashgen.tuning.study import Tried
+from flashgen.tuning.tried import Tried
 from flashgen.tuning.winner import by_speed, dated_after
 
 

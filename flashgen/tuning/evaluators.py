@@ -6,14 +6,16 @@ import dataclasses
 import typing
 from multiprocessing.connection import Connection
 
-from flashgen.codegen import KernelConfig
+from flashgen.codegen import KernelConfig, KernelResources
 from flashgen.compile import CompileReport
 from flashgen.errors import FlashgenError
 from flashgen.measure import Outcome, Rejected, Timing
 from flashgen.registry import Origin
 from flashgen.spec import AttentionSpec, Problem
+from flashgen.target import GpuTarget
 from flashgen.tuning.full_disk import says_disk_is_full
-from flashgen.tuning.study import Tried
+from flashgen.tuning.tried import Tried
+from flashgen.tuning.workers import Outcome as WorkerOutcome
 from flashgen.tuning.workers import WorkerFailure
 
 USUAL_FINALISTS = 10
@@ -101,3 +103,23 @@ def failure_reason(failure: WorkerFailure) -> str:
     if failure.at_start or says_disk_is_full(failure.detail):
         raise FlashgenError(f"{failure.detail}; the trials are kept: mend it, then run the same command again")
     return f"{failure.kind}: {failure.detail}"[:1000]
+
+
+def compile_report(outcome: WorkerOutcome) -> CompileReport | Rejected:
+    """Return what a compiling process said of a candidate, or why there is no binary.
+
+    Raises:
+        FlashgenError: if the process failed before it met the candidate.
+    """
+    if isinstance(outcome, WorkerFailure):
+        return Rejected(stage="compile", reason=failure_reason(outcome))
+    if not isinstance(outcome.value, CompileReport):
+        return Rejected(stage="compile", reason=f"the compiler returned {outcome.value!r}"[:1000])
+    return outcome.value
+
+
+def shared_memory_refusal(resources: KernelResources, target: GpuTarget) -> Rejected | None:
+    """Return why a compiled candidate cannot run at all, or None."""
+    if resources.smem_bytes <= target.smem_bytes:
+        return None
+    return Rejected(stage="resources", reason=f"{resources.smem_bytes} bytes of shared memory of {target.smem_bytes}")

@@ -129,6 +129,27 @@ class TuneReport:
     portfolios: tuple[PortfolioResult, ...] = ()
 
 
+@dataclasses.dataclass(kw_only=True)
+class JoinReport:
+    """What a machine did for a run that it joined; counts of configs.
+
+    Attributes:
+        measured: timed.
+        compiled: compiled for others to measure.
+        rejected: that fell.
+        ignored: that the run had given up on when this machine told of them.
+        given_back: that were not finished when it left.
+        interrupted: whether a Ctrl-C ended it, rather than the run's end.
+    """
+
+    measured: int = 0
+    compiled: int = 0
+    rejected: int = 0
+    ignored: int = 0
+    given_back: int = 0
+    interrupted: bool = False
+
+
 class Observer(typing.Protocol):
     """Listens to a tuning run; every method may do nothing."""
 

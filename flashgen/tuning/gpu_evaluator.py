@@ -17,7 +17,7 @@ from flashgen.spec import AttentionSpec, Phase, Problem
 from flashgen.tuning.evaluators import Final, failure_reason, times_longer
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.measuring import MeasuringProcess
-from flashgen.tuning.study import Tried
+from flashgen.tuning.tried import Tried
 from flashgen.tuning.variants import confirmed_variant
 from flashgen.tuning.workers import Outcome as WorkerOutcome
 from flashgen.tuning.workers import WorkerFailure

@@ -22,6 +22,7 @@ class Jobs:
         evaluate_timeout_s: of the others.
         race_timeout_s: of the final comparison, and of `confirm`.
         interpret_timeout_s: of one check in the interpreter.
+        idle_s: how long a run that has nothing else to do waits for what another machine claimed.
     """
 
     compile: str = "flashgen.compile:compile_job"
@@ -36,3 +37,9 @@ class Jobs:
     evaluate_timeout_s: float = 10.0
     race_timeout_s: float = 90.0
     interpret_timeout_s: float = 60.0
+    idle_s: float = 30.0
+
+    @property
+    def lost_s(self) -> float:
+        """After this long another machine's trial is given up: twice what a candidate may take, and a queue of them."""
+        return 2 * (self.compile_timeout_s + self.first_evaluate_timeout_s) + 3 * self.evaluate_timeout_s

@@ -19,10 +19,10 @@ from optuna.storages.journal import JournalFileBackend
 from flashgen.errors import FlashgenError, InputError
 from flashgen.resources import cache_dir
 from flashgen.target import GpuTarget
+from flashgen.tuning.journal_lock import TAIL_BYTES, JournalLock
 
 # Of PostgreSQL's advisory locks: "flashgen" in ASCII.
 _POSTGRESQL_LOCK = int.from_bytes(b"flashgen", "big")
-_TAIL_BYTES = 1 << 20
 _FIRST_BYTES = b'{"op_code"'
 
 
@@ -56,19 +56,66 @@ def open_storage(study: str) -> typing.Iterator[BaseStorage]:
         with contextlib.ExitStack() as stack:
             with _refusing(study):
                 stack.enter_context(_locked_database(study))
-                database = optuna.storages.RDBStorage(study)
+                database = optuna.storages.get_storage(optuna.storages.RDBStorage(study))
             yield database
         return
     # A relative path would end the lock file's link in the wrong folder.
     path = Path(study).absolute()
     with contextlib.ExitStack() as stack:
-        with _refusing(study), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with _refusing(study):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked_file(path))
             _mend(path)
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+            storage = _journal(path)
         yield storage
+
+
+def can_be_joined(study: str) -> bool:
+    """Return whether machines can join a run by this study.
+
+    Not by SQLite: two may find a trial waiting and both take it, for reading locks nothing there.
+    """
+    return "://" not in study or _backend(study) == "postgresql"
+
+
+def join_storage(study: str) -> BaseStorage | None:
+    """Return the storage of a run that another process may have open, or None where no run has made it yet.
+
+    Raises:
+        InputError: if it cannot be joined or opened; the message says why.
+    """
+    if not can_be_joined(study):
+        raise InputError(
+            f"a run cannot be joined by {shown_place(study)}; give both a journal file on a shared folder, or a "
+            "PostgreSQL database"
+        )
+    with _refusing(study):
+        if "://" not in study:
+            path = Path(study).absolute()
+            return _journal(path) if path.exists() else None
+        # Two that make the tables at once would disturb each other; this one is made last.
+        engine = sqlalchemy.create_engine(study, poolclass=sqlalchemy.pool.NullPool)
+        if not sqlalchemy.inspect(engine).has_table("alembic_version"):
+            return None
+        # Not cached: that would read every trial under way, where only those matter that wait.
+        storage = optuna.storages.RDBStorage(study)
+        # Opening it took two connections, of which a server has not many; working with it takes one.
+        storage.remove_session()
+        storage.engine.dispose()
+        return storage
+
+
+def _journal(path: Path) -> BaseStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=JournalLock(str(path))))
+
+
+def _backend(study: str) -> str:
+    try:
+        return sqlalchemy.engine.make_url(study).get_backend_name()
+    except sqlalchemy.exc.ArgumentError:
+        return ""
 
 
 @contextlib.contextmanager
@@ -112,29 +159,28 @@ def _in_use(study: str) -> FlashgenError:
 def _mend(path: Path) -> None:
     """Remove what a killed run left: Optuna's own lock, which it would wait for, and a line written in part.
 
+    Machines that joined may be writing: the lock is left to them for as long as one may hold it.
+
     Raises:
         ValueError: if the file is no journal, which is left as it is, or its last line is whole and yet no record:
             Optuna would find out after the next one.
     """
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{path}.lock")
     if not path.exists():
         return
-    with open(path, "r+b") as file:
+    with open(path, "rb") as file:
         if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
             raise ValueError("it is not an Optuna journal")
-        size = file.seek(0, os.SEEK_END)
-        start = max(0, size - _TAIL_BYTES)
-        file.seek(start)
-        tail = file.read()
-        whole = tail.rfind(b"\n") + 1
-        if whole < len(tail):
-            if start and not whole:
-                raise ValueError(f"its last line is longer than {_TAIL_BYTES} bytes")
-            file.truncate(start + whole)
-        last_line = tail[:whole].rstrip(b"\n").rpartition(b"\n")[2]
+    lock = JournalLock(str(path))
+    lock.acquire()
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            last_line = file.read().rstrip(b"\n").rpartition(b"\n")[2]
         if last_line:
             json.loads(last_line)
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

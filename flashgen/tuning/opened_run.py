@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import time
 import typing
 from pathlib import Path
 
 import optuna
+import sqlalchemy.exc
 
 from flashgen.codegen import KernelConfig
 from flashgen.errors import NoKernelError
@@ -19,11 +22,15 @@ from flashgen.tuning.choices import Choices, find_choices
 from flashgen.tuning.effort import Effort
 from flashgen.tuning.evaluators import Evaluator
 from flashgen.tuning.events import PortfolioResult, ProblemResult, TuneReport
+from flashgen.tuning.interrupts import finishing_first
 from flashgen.tuning.journal import shown_place
 from flashgen.tuning.quarantine import Quarantine, default_quarantine
 from flashgen.tuning.search import ProblemSearch
-from flashgen.tuning.study import ProblemStudy, Tried
+from flashgen.tuning.shared_run import Announcer, can_be_told
+from flashgen.tuning.sharing import Sharing
+from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
+from flashgen.tuning.tried import Tried
 from flashgen.tuning.winner import Choice, make_entry
 from flashgen.tuning.workers import Pool
 
@@ -79,6 +86,10 @@ class OpenRun:
         self._results: list[ProblemResult] = []
         self._files: dict[Path, None] = {}
         self._said: set[str] = set()
+        self._announcer: Announcer | None = None
+        if run.shared:
+            measured = evaluator.origin == "measured"
+            self._announcer = Announcer(storage, target=run.target, software=software_versions(), measured=measured)
 
     def tune(self, problems: typing.Iterable[Problem]) -> list[Searched]:
         """Search each problem and write its winner; a Ctrl-C ends them all once the best so far is written."""
@@ -105,14 +116,16 @@ class OpenRun:
         task = self._task(problem, choices, effort, deadline)
         quarantine = Quarantine(default_quarantine(), task.target, task.software)
         self._say(quarantine.issue)
+        study = self._study(task, choices)
         search = ProblemSearch(
             task,
-            study=self._study(task, choices),
+            study=study,
             pool=self._pool,
             evaluator=self._evaluator,
             observer=self.run.observer,
             jobs=self.run.jobs,
             quarantine=quarantine,
+            sharing=self._sharing(study, problem),
         )
         result = search.run(index)
         self.interrupted |= search.interrupted
@@ -124,6 +137,22 @@ class OpenRun:
         if issue and issue not in self._said:
             self._said.add(issue)
             self.run.observer.stage(issue)
+
+    def _sharing(self, study: ProblemStudy, problem: Problem) -> Sharing | None:
+        """Announce a study to machines that join, where they may."""
+        if self._announcer is None or not can_be_told(problem):
+            return None
+        jobs = self.run.jobs
+        return Sharing(study, announcer=self._announcer, problem=problem, lost_s=jobs.lost_s, idle_s=jobs.idle_s)
+
+    def end(self) -> None:
+        """Tell the machines that joined that the run has ended."""
+        if self._announcer is None:
+            return
+        # Where the storage is gone, they see that themselves.
+        gone = (OSError, optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
+        with finishing_first(), contextlib.suppress(*gone):
+            self._announcer.end()
 
     def stop_if_interrupted(self) -> None:
         """Return if there was no Ctrl-C.
@@ -198,6 +227,8 @@ class OpenRun:
             legal=len(choices.configs),
             planned=min(effort.trials, len(choices.seeds if effort.seeds_only else choices.configs)),
             default=choices.default,
+            # Seeds begin with the winners of like problems and the default.
+            owed=frozenset(itertools.takewhile(lambda c: c != choices.default, choices.seeds)) | {choices.default},
             deadline=deadline,
             software=software_versions(),
             seed=self.run.seed,

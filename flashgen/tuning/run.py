@@ -41,6 +41,7 @@ class Run:
         workers: processes that compile.
         observer: is told what happens.
         jobs: what the processes run.
+        shared: whether other machines may join by the study.
     """
 
     target: GpuTarget
@@ -53,6 +54,7 @@ class Run:
     workers: int
     observer: Observer
     jobs: Jobs
+    shared: bool = False
 
     def tune(self, problems: typing.Sequence[Problem]) -> TuneReport:
         """Return what was found for the problems; those with the same tuning key are one."""
@@ -90,6 +92,8 @@ class Run:
                 yield opened
             except KeyboardInterrupt:
                 opened.interrupted = True
+            finally:
+                opened.end()
 
     @contextlib.contextmanager
     def _evaluator(self) -> typing.Iterator[Evaluator]:

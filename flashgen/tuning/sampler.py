@@ -19,10 +19,8 @@ from flashgen.tuning.config_space import ABSENT, TEMPLATE, ConfigSpace, Values, 
 from flashgen.tuning.spread import boxes_of, spread_keys
 
 _MAX_SPREAD_DRAWS = 256
+_OTHER_TEMPLATE = 1 << 20  # more than all steps within one
 _WORD_DISTANCE = 2  # another word counts as much as this many steps of a number
-# Numbers of one template say little of another's: more than any steps within one.
-_OTHER_TEMPLATE = 1 << 20
-_TRIED = 1 << 30
 # Frozen from benchmarks/search/replay.py: a neighbour is one of so many of the best, each half as likely as the one
 # before it, with one number changed, with this probability another one, and so on.
 _BEST = 10
@@ -75,10 +73,10 @@ class UntriedNeighbourSampler(BaseSampler):
         self._coordinates = np.array([self.space.coordinates(key) for key in self._keys])
         self._is_word = np.array(are_words(self.space))
         self._template = list(self.space.choices).index(TEMPLATE) if TEMPLATE in self.space.choices else None
+        order = list(range(len(self._keys)))
         rng = random.Random(seed)
-        tie_break = list(range(len(self._keys)))
-        rng.shuffle(tie_break)
-        self._tie_break = np.array(tie_break)
+        rng.shuffle(order)
+        self._tie_break = np.array(order)
         self._shift = [rng.random() for _ in self.space.choices]
         self._boxes = boxes_of(self.space, rng)
         self._seeds = list(dict.fromkeys(self._index_of(self.space.key(seed)) for seed in seeds))
@@ -86,10 +84,17 @@ class UntriedNeighbourSampler(BaseSampler):
         self._seed = seed
         # What was proposed to trials whose parameters the study does not show yet, by trial number.
         self._proposed: dict[int, int] = {}
+        # Of trials whose parameters were read.
+        self._indices: dict[int, int] = {}
+        self._distrusted: set[int] = set()
 
     def remaining(self, study: optuna.Study) -> int:
         """Return how many legal configs the study has not tried."""
-        return len(self._keys) - len(self._tried(study))
+        return self.left(study.get_trials(deepcopy=False))
+
+    def left(self, trials: typing.Iterable[FrozenTrial], also: typing.Iterable[KernelConfig] = ()) -> int:
+        """Return how many legal configs none of the trials tried, nor are among others that count as tried."""
+        return len(self._keys) - len(self._tried(trials, also))
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self.space.distributions()
@@ -102,12 +107,28 @@ class UntriedNeighbourSampler(BaseSampler):
         Raises:
             SpaceExhausted: if there is none left.
         """
-        tried = self._tried(study)
-        if len(tried) == len(self._keys):
-            raise SpaceExhausted(f"all {len(self._keys)} legal configs have been tried; stop, or widen the space")
-        index = self._propose(study, trial, tried)
+        index = self._proposal(study.get_trials(deepcopy=False), trial.number)
         self._proposed[trial.number] = index
         return dict(zip(self.space.choices, self.space.key(self.space.configs[index]), strict=True))
+
+    def propose(
+        self, trials: typing.Iterable[FrozenTrial], number: int, also: typing.Iterable[KernelConfig] = ()
+    ) -> KernelConfig:
+        """Return an untried legal config for the trial that will have this number.
+
+        Args:
+            trials: of the study.
+            number: of the new trial.
+            also: configs that count as tried besides.
+
+        Raises:
+            SpaceExhausted: if there is none left.
+        """
+        return self.space.configs[self._proposal(trials, number, also)]
+
+    def distrust(self, number: int) -> None:
+        """Learn nothing from the value of a finished trial."""
+        self._distrusted.add(number)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -120,31 +141,46 @@ class UntriedNeighbourSampler(BaseSampler):
     ) -> None:
         self._proposed.pop(trial.number, None)
 
-    def _tried(self, study: optuna.Study) -> set[int]:
-        tried = set()
-        for trial in study.get_trials(deepcopy=False):
+    def _tried(self, trials: typing.Iterable[FrozenTrial], also: typing.Iterable[KernelConfig] = ()) -> set[int]:
+        tried = {self._keys[self.space.key(config)] for config in also}
+        for trial in trials:
             if trial.state == TrialState.FAIL:
                 continue
-            index = self._keys.get(tuple(trial.params.get(name, "") for name in self.space.choices))
+            index = self._index_of_trial(trial)
             if index is None and trial.state in _OPEN_STATES:
                 index = self._proposed.get(trial.number)
             if index is not None:
                 tried.add(index)
         return tried
 
-    def _propose(self, study: optuna.Study, trial: FrozenTrial, tried: set[int]) -> int:
+    def _index_of_trial(self, trial: FrozenTrial) -> int | None:
+        index = self._indices.get(trial.number)
+        if index is None:
+            index = self._keys.get(tuple(trial.params.get(name, "") for name in self.space.choices))
+            if index is not None:
+                self._indices[trial.number] = index
+        return index
+
+    def _proposal(
+        self, trials: typing.Iterable[FrozenTrial], number: int, also: typing.Iterable[KernelConfig] = ()
+    ) -> int:
+        tried = self._tried(trials, also)
+        if len(tried) == len(self._keys):
+            raise SpaceExhausted(f"all {len(self._keys)} legal configs have been tried; stop, or widen the space")
         for index in self._seeds:
             if index not in tried:
                 return index
-        if len(tried) >= self._n_guided_from and (best := self._best_trials(study)):
+        if len(tried) >= self._n_guided_from and (best := self._best_trials(trials)):
             # Of trials asked for before any is told, each goes its own way; a resumed study goes the same.
-            rng = random.Random(f"{self._seed} {trial.number}")
+            rng = random.Random(f"{self._seed} {number}")
             return self._nearest(self._neighbour(best, rng), tried)
         return self._next_spread(tried)
 
-    def _best_trials(self, study: optuna.Study) -> list[FrozenTrial]:
-        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return sorted(done, key=lambda trial: (trial.value, trial.number))[:_BEST]
+    def _best_trials(self, trials: typing.Iterable[FrozenTrial]) -> list[FrozenTrial]:
+        done = (trial for trial in trials if trial.state == TrialState.COMPLETE)
+        # Machines that joined tell what they like.
+        trusted = (trial for trial in done if trial.number not in self._distrusted and _has_value(trial))
+        return sorted(trusted, key=lambda trial: (trial.value, trial.number))[:_BEST]
 
     def _neighbour(self, best: typing.Sequence[FrozenTrial], rng: random.Random) -> Values:
         """Return the values of one of the best, rather the first of them, with one number changed or a few."""
@@ -176,15 +212,22 @@ class UntriedNeighbourSampler(BaseSampler):
 
     def _index_of(self, key: Values) -> int:
         index = self._keys.get(key)
-        return self._nearest(key, ()) if index is None else index
+        return self._nearest(key, set()) if index is None else index
 
-    def _nearest(self, key: Values, tried: typing.Collection[int]) -> int:
-        """Return the config not in `tried` that is the fewest steps from `key`."""
-        place = np.array(self.space.coordinates(key))
-        other = self._coordinates != place
-        steps = np.where(self._is_word, _WORD_DISTANCE * other, np.abs(self._coordinates - place)).sum(axis=1)
+    def _nearest(self, key: Values, tried: set[int]) -> int:
+        """Return the nearest untried config; there must be one."""
+        apart = self._coordinates - np.array(self.space.coordinates(key))
+        steps = np.where(self._is_word, _WORD_DISTANCE * (apart != 0), np.abs(apart)).sum(axis=1)
         if self._template is not None:
-            steps += _OTHER_TEMPLATE * other[:, self._template]
-        steps[list(tried)] = _TRIED
+            # Numbers of one template say little of another's.
+            steps += _OTHER_TEMPLATE * (apart[:, self._template] != 0)
+        steps[list(tried)] = 2 * _OTHER_TEMPLATE
         nearest = np.flatnonzero(steps == steps.min())
         return int(nearest[self._tie_break[nearest].argmin()])
+
+
+def _has_value(trial: FrozenTrial) -> bool:
+    match trial.values:
+        case [int() | float() as value]:
+            return math.isfinite(value)
+    return False

@@ -11,14 +11,16 @@ from flashgen.codegen import KernelConfig, KernelResources
 from flashgen.codegen.constraints import interpreter_refusal
 from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
-from flashgen.tuning.evaluators import Evaluator, Final, failure_reason, times_longer
+from flashgen.tuning.evaluators import Evaluator, Final, compile_report, shared_memory_refusal, times_longer
 from flashgen.tuning.events import Observer, ProblemResult, TrialRecord
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.quarantine import Quarantine
-from flashgen.tuning.study import ProblemStudy, Tried
+from flashgen.tuning.sharing import Sharing
+from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
+from flashgen.tuning.tried import Tried
 from flashgen.tuning.winner import Choice, by_speed, choose_winner, make_entry
-from flashgen.tuning.workers import Finished, Pool, WorkerFailure
+from flashgen.tuning.workers import Finished, Pool
 
 # A few spilled registers outside the loop over visible tiles cost nothing (the winner at D=128 has some); more of them
 # stand inside it. Where everything spills (float32 at D=128), the least spilling are tried.
@@ -31,7 +33,9 @@ _PATIENCE_SHARE = 0.5
 _NOISE_WITHOUT_RACE = 0.05
 _CHECKED_ON_INTERRUPT = 3
 # In place of a trial's number: only Triton's cache is to know.
-_COMPILED_AHEAD = -1
+_NO_TRIAL = -1
+# Of what other machines compiled, so many are taken at a time, that a GPU of theirs finds some too.
+_COMPILED_AHEAD = 4
 
 _BinaryKey = tuple[str, KernelResources, KernelConfig]
 
@@ -67,6 +71,7 @@ class ProblemSearch:
         observer: Observer,
         jobs: Jobs,
         quarantine: Quarantine,
+        sharing: Sharing | None = None,
     ) -> None:
         self.task = task
         self.interrupted = False
@@ -78,6 +83,7 @@ class ProblemSearch:
         self._observer = observer
         self._jobs = jobs
         self._quarantine = quarantine
+        self._sharing = sharing
         self._tried = list(study.finished())
         self._resumed = len(self._tried)
         self._compiling: dict[int, KernelConfig] = {}
@@ -88,9 +94,7 @@ class ProblemSearch:
         self._same_binary: dict[_BinaryKey, list[_Candidate]] = {}
         self._known: dict[_BinaryKey, Tried] = {}
         for tried in self._tried:
-            if tried.binary_hash and tried.record.resources:
-                key = _binary_key(tried.binary_hash, tried.record.resources, tried.config)
-                self._known.setdefault(key, tried)
+            self._know(tried)
         self._refused: dict[KernelConfig, str] = {}
         self._start = time.monotonic()
         self._compile_from_s, self._measure_from_s = pool.busy_s, evaluator.busy_s
@@ -106,6 +110,8 @@ class ProblemSearch:
             FlashgenError: if the study cannot be written, or worker processes cannot start.
         """
         self._observer.problem_started(index, self.task.problem, self.task.planned, self._resumed)
+        if self._sharing:
+            self._sharing.start(self._tried)
         note = ""
         try:
             try:
@@ -127,28 +133,61 @@ class ProblemSearch:
         if self._can_ask():
             todo = self.task.planned - len(self._tried)
             self._observer.stage(f"compiling and measuring {todo} configs with {self._pool.size} processes")
-        while time.monotonic() < self._stop:
-            if self._can_ask():
-                if self._pool.idle:
-                    self._ask()
-                    continue
-            elif not (self._compiling or self._measuring or self._spilling):
+        while (in_time := time.monotonic() < self._stop) or self._is_owed():
+            if in_time and self._pool.idle and self._begin_another():
+                continue
+            busy = bool(self._compiling or self._measuring or self._spilling)
+            if not (busy or self._can_ask() or (self._sharing and self._sharing.under_way)):
                 return
             connections = [*self._pool.connections, *self._evaluator.connections]
-            multiprocessing.connection.wait(connections, _TICK_S if connections else 0.0)
+            multiprocessing.connection.wait(connections, _TICK_S if connections or not busy else 0.0)
             for finished in self._pool.wait(0.0):
                 self._compiled(finished)
             self._release_spilling()
             for number, outcome in self._evaluator.collect():
                 self._measured(number, outcome)
+            if self._sharing:
+                self._share(self._sharing, busy)
+
+    def _is_owed(self) -> bool:
+        """Return whether something is under way without which another config might win that is no better."""
+        waiting = (candidate.config for same in self._same_binary.values() for candidate in same)
+        under_way = {*self._compiling.values(), *waiting}
+        return time.monotonic() < self.task.deadline and not under_way.isdisjoint(self.task.owed)
+
+    def _share(self, sharing: Sharing, busy: bool) -> None:
+        """Keep what other machines handed in, take what they compiled for here, and offer them more."""
+        for tried in sharing.collect(busy=busy):
+            if isinstance(tried.record.result, Rejected):
+                self._quarantine.consider(self.task.problem, tried.config, tried.record.result)
+            self._know(tried)
+            self._count(tried)
+        while len(self._measuring) < _COMPILED_AHEAD and (offer := sharing.take(compiled=True)):
+            assert offer.report is not None
+            self._judge(_Candidate(number=offer.number, config=offer.config, report=offer.report))
+        for _ in range(sharing.wanted):
+            if not self._can_ask():
+                break
+            sharing.offer()
+
+    def _begin_another(self) -> bool:
+        """Return whether there was another config to compile: a new one or, failing that, one that nobody claimed."""
+        if self._can_ask():
+            self._compile(*self._study.ask())
+            return True
+        offer = self._sharing.take(compiled=False) if self._sharing else None
+        if offer is None:
+            return False
+        self._compile(offer.number, offer.config)
+        return True
 
     def _can_ask(self) -> bool:
         waiting = sum(map(len, self._same_binary.values()))
         under_way = len(self._compiling) + len(self._spilling) + waiting
+        under_way += self._sharing.under_way if self._sharing else 0
         return len(self._tried) + under_way < self.task.planned and self._study.remaining() > 0
 
-    def _ask(self) -> None:
-        number, config = self._study.ask()
+    def _compile(self, number: int, config: KernelConfig) -> None:
         refused = self._quarantine.refusal(self.task.problem.spec, config)
         if refused is not None:
             self._record(number, config, None, refused)
@@ -159,23 +198,23 @@ class ProblemSearch:
 
     def _compiled(self, finished: Finished[int]) -> None:
         number, outcome = finished.task_id, finished.outcome
-        if number == _COMPILED_AHEAD:
+        if number == _NO_TRIAL:
             return
         config = self._compiling.pop(number)
-        if isinstance(outcome, WorkerFailure):
-            rejected = Rejected(stage="compile", reason=failure_reason(outcome))
-            self._quarantine.consider(self.task.problem, config, rejected)
-            self._record(number, config, None, rejected)
-            return
-        if not isinstance(outcome.value, CompileReport):
-            reason = f"the compiler returned {outcome.value!r}"[:1000]
-            self._record(number, config, None, Rejected(stage="compile", reason=reason))
-            return
-        candidate = _Candidate(number=number, config=config, report=outcome.value)
-        smem_bytes, limit = outcome.value.resources.smem_bytes, self.task.target.smem_bytes
-        if smem_bytes > limit:
-            self._reject(candidate, f"{smem_bytes} bytes of shared memory of {limit}")
-        elif outcome.value.resources.spills > SPILL_LIMIT_BYTES:
+        report = compile_report(outcome)
+        if isinstance(report, Rejected):
+            self._quarantine.consider(self.task.problem, config, report)
+            self._record(number, config, None, report)
+        else:
+            self._judge(_Candidate(number=number, config=config, report=report))
+
+    def _judge(self, candidate: _Candidate) -> None:
+        """Reject what cannot run, hold back what spills, and have the others measured."""
+        resources = candidate.report.resources
+        refused = shared_memory_refusal(resources, self.task.target)
+        if refused is not None:
+            self._record(candidate.number, candidate.config, resources, refused)
+        elif resources.spills > SPILL_LIMIT_BYTES:
             self._spilling.append(candidate)
         else:
             self._measure(candidate)
@@ -189,7 +228,7 @@ class ProblemSearch:
             for candidate in held:
                 self._reject(candidate, f"{candidate.report.resources.spills} bytes of registers spilled")
             return
-        others = self._compiling or self._measuring or self._can_ask()
+        others = self._compiling or self._measuring or self._can_ask() or (self._sharing and self._sharing.under_way)
         if not others or time.monotonic() > self._patient_until:
             held, self._spilling = self._spilling, []
             for candidate in sorted(held, key=lambda c: (c.report.resources.spills, c.number)):
@@ -246,15 +285,24 @@ class ProblemSearch:
         )
 
     def _keep(self, tried: Tried) -> Tried:
-        self._tried.append(tried)
         self._study.tell(tried)
+        self._count(tried)
+        return tried
+
+    def _know(self, tried: Tried) -> None:
+        """Remember what became of a binary."""
+        if tried.binary_hash and tried.record.resources:
+            key = _binary_key(tried.binary_hash, tried.record.resources, tried.config)
+            self._known.setdefault(key, tried)
+
+    def _count(self, tried: Tried) -> None:
+        self._tried.append(tried)
         elapsed = time.monotonic() - self._start
         left = max(0.0, self.task.deadline - time.monotonic())
         to_do = max(0, self.task.planned - len(self._tried))
         estimate = elapsed / (len(self._tried) - self._resumed) * to_do
         best = self._ranked()[:1]
         self._observer.trial(tried.record, best[0].record if best else None, len(self._tried), min(left, estimate))
-        return tried
 
     def _drop_unfinished(self) -> None:
         """Stop what is under way, so that nothing of it is taken for a later problem's."""
@@ -264,6 +312,8 @@ class ProblemSearch:
         self._measuring.clear()
         self._same_binary.clear()
         self._spilling.clear()
+        if self._sharing:
+            self._sharing.close()
         self._study.abandon()
 
     def _ranked(self) -> list[Tried]:
@@ -287,7 +337,7 @@ class ProblemSearch:
         spec = self._evaluator.confirmed_as(self.task.problem.spec)
         for tried in finalists if spec else ():
             job = (self._jobs.compile, spec, tried.config, self.task.target)
-            self._pool.submit(_COMPILED_AHEAD, *job, timeout_s=self._jobs.compile_timeout_s)
+            self._pool.submit(_NO_TRIAL, *job, timeout_s=self._jobs.compile_timeout_s)
 
     def _best_so_far(self) -> Choice | None:
         """Return the best by the timings of the search; None if there is none, or at another Ctrl-C."""

@@ -1,4 +1,4 @@
-"""`tune`: problems in, registry entries out."""
+"""`tune`: problems in, registry entries out; `join`: help a run of it from another machine."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from flashgen.errors import InputError
-from flashgen.launch import detect_target
+from flashgen.launch import detect_target, software_versions
 from flashgen.resources import user_registry_dir
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import GpuTarget, named_target
 from flashgen.tuning.covering import tune_portfolio
 from flashgen.tuning.effort import Effort, effort_named
-from flashgen.tuning.events import Observer, SilentObserver, TuneReport
+from flashgen.tuning.events import JoinReport, Observer, SilentObserver, TuneReport
 from flashgen.tuning.jobs import Jobs
-from flashgen.tuning.journal import default_study
+from flashgen.tuning.joining import Machine, join_run
+from flashgen.tuning.journal import can_be_joined, default_study
 from flashgen.tuning.run import Run
 
 
@@ -59,7 +60,8 @@ def tune(
         budget_s: wall-clock seconds for all problems together, compiling included; by default the effort's own limit.
         seed: of the search.
         registry: folder to write to; by default the user's.
-        study: a journal file or database URL for the trials; by default a file in the cache.
+        study: a journal file or database URL for the trials; by default a file in the cache. Other machines join the
+            run by a study that is named (`join`), if it is a journal file or on PostgreSQL.
         workers: processes that compile; by default one for each core that the measuring leaves.
         portfolio: how many kernels may serve all problems of one spec; by default each problem has its own winner.
         observer: is told what happens.
@@ -89,6 +91,44 @@ def tune(
     )
     parsed = [parse_problem(p) if isinstance(p, str) else p for p in problems]
     return run.tune(parsed) if portfolio is None else tune_portfolio(run, parsed, portfolio)
+
+
+def join(
+    study: str,
+    *,
+    device: str | None = None,
+    workers: int | None = None,
+    say: typing.Callable[[str], None] = lambda text: None,
+) -> JoinReport:
+    """Help the run of `tune` that uses a study, from another GPU or machine, until it ends.
+
+    What that run offers is compiled here and, on a GPU of the same model with the same driver and Triton, checked and
+    timed; elsewhere it is only compiled. The run alone chooses, compares the finalists on its own GPU and writes the
+    registry. A Ctrl-C gives back what this machine holds.
+
+    Args:
+        study: the journal file or database URL that the run was given.
+        device: the GPUs to measure on, as in `tune`, or `cpu` to compile only.
+        workers: processes that compile; by default one for each core that the measuring leaves.
+        say: is told in a line what happens.
+
+    Returns:
+        What this machine did.
+
+    Raises:
+        InputError: for an unknown device, or a study that cannot be joined or opened.
+        FlashgenError: if this machine's code or Triton differ from the run's, the storage fails, or worker processes
+            cannot start.
+    """
+    gpus = _gpus(None, device)
+    machine = Machine(
+        gpus=gpus,
+        target=_kind(gpus) if gpus else None,
+        software=software_versions(),
+        workers=workers or default_workers(len(gpus)),
+        jobs=Jobs(),
+    )
+    return join_run(machine, study, say)
 
 
 def plan_run(
@@ -123,6 +163,7 @@ def plan_run(
         workers=workers or default_workers(len(gpus)),
         observer=observer or SilentObserver(),
         jobs=Jobs(),
+        shared=study is not None and can_be_joined(study),
     )
 
 

@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
-import signal
-import threading
-import types
 import typing
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from flashgen.codegen import KernelConfig, KernelResources, config_from_dict, make_plan, render
+from flashgen.codegen import KernelConfig, make_plan, render
 from flashgen.codegen.config import Scalar
-from flashgen.errors import FlashgenError, InputError
-from flashgen.measure import Rejected, Timing
+from flashgen.errors import FlashgenError
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
-from flashgen.tuning.config_space import suggest_config
-from flashgen.tuning.events import TrialRecord
+from flashgen.tuning import offers
+from flashgen.tuning.interrupts import finishing_first
 from flashgen.tuning.sampler import UntriedNeighbourSampler
-
-# What a failed config is told as, in us: finite, because a model ignores failures and proposes them again.
-FAILED_US = 1e9
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tried:
-    """A finished trial: its record, the accuracy that was measured with it, and the binary it was measured on."""
-
-    record: TrialRecord
-    max_error: float = 0.0
-    allowed_error: float = 0.0
-    binary_hash: str = ""
-
-    @property
-    def config(self) -> KernelConfig:
-        """The config that was tried."""
-        return self.record.config
-
-    @property
-    def timing(self) -> Timing:
-        """The time of a config that passed."""
-        assert isinstance(self.record.result, Timing)
-        return self.record.result
-
-    @property
-    def passed(self) -> bool:
-        """Whether the config computed the right thing and was timed."""
-        return isinstance(self.record.result, Timing)
+from flashgen.tuning.tried import Tried, garbage, refusing_damage, told, tried_from
 
 
 class ProblemStudy:
@@ -85,15 +52,29 @@ class ProblemStudy:
         """
         self._sampler = UntriedNeighbourSampler(configs, seeds=seeds, seed=seed, n_quasi_random=n_quasi_random)
         name = _study_name(problem, target, how, configs)
-        self._open: dict[int, optuna.Trial] = {}
+        # Of trials under way here, the number in the storage.
+        self._open: dict[int, int] = {}
+        # As last read, and what was written since: a database takes long to read what hundreds of machines work on.
+        self._trials: list[FrozenTrial] = []
+        self._since: list[KernelConfig] = []
         self._is_broken = False
-        with self._writing(), _refusing_damage():
+        with self.writing(), refusing_damage():
             self._study = optuna.create_study(
                 study_name=name, storage=storage, sampler=self._sampler, direction="minimize", load_if_exists=True
             )
-            # What a killed run left unfinished counts as untried.
-            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-                self._study.tell(trial.number, state=TrialState.FAIL)
+            self.storage, self.study_id = storage, storage.get_study_id_from_name(name)
+            self._clear()
+            self._trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
+
+    def _clear(self) -> None:
+        """Fail what a killed run left unfinished, which counts as untried then.
+
+        What a machine that joined it had claimed is left to that machine: it may live.
+        """
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+            trial_id = self._id_of(trial.number)
+            if not offers.is_offered(trial) or offers.claim(self.storage, trial_id):
+                offers.give_up(self.storage, trial_id)
 
     def finished(self) -> tuple[Tried, ...]:
         """Return the trials of earlier runs, in order.
@@ -102,11 +83,28 @@ class ProblemStudy:
             InputError: if one is not what `tell` wrote.
         """
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return tuple(tried_from(trial.number, trial.user_attrs) for trial in trials)
+        return tuple(self.judged(trial) for trial in trials)
+
+    def judged(self, trial: FrozenTrial) -> Tried:
+        """Return a finished trial; what a machine that joined told of another config, or garbage, is a rejection.
+
+        Raises:
+            InputError: if a trial of this run's own is not what `tell` wrote.
+        """
+        tried = tried_from(trial)
+        if not offers.is_offered(trial):
+            return tried
+        if self._sampler.space.key(tried.config) != tuple(
+            trial.params.get(name) for name in self._sampler.space.choices
+        ):
+            tried = garbage(trial.number, offers.offered_config(trial), f"it told of {tried.config}")
+        if not tried.passed:
+            self._sampler.distrust(trial.number)
+        return tried
 
     def remaining(self) -> int:
         """Return how many legal configs are untried."""
-        return self._sampler.remaining(self._study)
+        return self._sampler.left(self._trials, self._since)
 
     def ask(self) -> tuple[int, KernelConfig]:
         """Return the number of a new trial and its config, which nobody tried.
@@ -114,10 +112,58 @@ class ProblemStudy:
         Raises:
             FlashgenError: if the study cannot be written.
         """
-        with self._writing():
-            trial = self._study.ask()
-            self._open[trial.number] = trial
-            return trial.number, suggest_config(trial, self._sampler.space)
+        self.trials()
+        number, config, trial_id = self._new(offered=False)
+        self._open[number] = trial_id
+        return number, config
+
+    def offer(self) -> offers.Offer:
+        """Write a new trial, of a config that nobody tried, for a machine that joined.
+
+        What was told since `trials` was called last is not learned from.
+
+        Raises:
+            FlashgenError: if the study cannot be written.
+        """
+        number, config, _ = self._new(offered=True)
+        return offers.Offer(number=number, config=config, report=None)
+
+    def take_back(self, offer: offers.Offer) -> bool:
+        """Return whether an offer is this run's own trial now, or another machine was faster.
+
+        Raises:
+            FlashgenError: if the study cannot be written.
+        """
+        with self.writing():
+            trial_id = self._id_of(offer.number)
+            taken = offers.take_back(self.storage, trial_id)
+            if taken:
+                self._open[offer.number] = trial_id
+            return taken
+
+    def withdraw(self, number: int) -> bool:
+        """Fail an offer, claimed or not; False if it was handed in meanwhile.
+
+        Whoever has claimed it learns so when it hands in, and its answer is ignored.
+
+        Raises:
+            FlashgenError: if the study cannot be written.
+        """
+        with self.writing():
+            is_withdrawn = offers.give_up(self.storage, self._id_of(number))
+        self.trials()
+        return is_withdrawn
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return all trials as they stand.
+
+        Raises:
+            FlashgenError: if the study cannot be read.
+        """
+        with self.writing():
+            self._trials = self.storage.get_all_trials(self.study_id, deepcopy=False)
+        self._since.clear()
+        return self._trials
 
     def tell(self, tried: Tried) -> None:
         """Keep what became of a trial.
@@ -125,24 +171,43 @@ class ProblemStudy:
         Raises:
             FlashgenError: if the study cannot be written.
         """
-        record = tried.record
-        with self._writing():
-            trial = self._open[record.number]
-            trial.set_user_attr("flashgen", json.dumps(_attributes(tried)))
-            self._study.tell(trial, tried.timing.median_us if tried.passed else FAILED_US)
-            del self._open[record.number]
+        number = tried.record.number
+        with self.writing():
+            offers.hand_in(self.storage, self._open[number], *told(tried))
+            del self._open[number]
 
     def abandon(self) -> None:
         """Give up the trials under way: they count as untried, now or when the study is opened again."""
-        with self._writing():
-            while self._open and not self._is_broken:
-                _, trial = self._open.popitem()
-                self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        if not self._open or self._is_broken:
+            return
+        with self.writing():
+            while self._open:
+                _, trial_id = self._open.popitem()
+                offers.give_up(self.storage, trial_id)
+        self.trials()
+
+    def _new(self, *, offered: bool) -> tuple[int, KernelConfig, int]:
+        with self.writing():
+            # Nobody else makes trials here.
+            number = len(self._trials) + len(self._since)
+            config = self._sampler.propose(self._trials, number, self._since)
+            space = self._sampler.space
+            trial_id = offers.new_trial(self.storage, self.study_id, space, config, offered=offered)
+            self._since.append(config)
+            return number, config, trial_id
+
+    def _id_of(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
 
     @contextlib.contextmanager
-    def _writing(self) -> typing.Iterator[None]:
+    def writing(self) -> typing.Iterator[None]:
+        """Let nothing interrupt the block, and tell clearly if the storage fails in it.
+
+        Raises:
+            FlashgenError: if the study cannot be written.
+        """
         try:
-            with _finishing_first():
+            with finishing_first():
                 yield
         except (OSError, optuna.exceptions.StorageInternalError) as error:
             # A line may have been written in part: another one after it would damage the journal.
@@ -151,34 +216,6 @@ class ProblemStudy:
                 f"the study cannot be written ({error}); the trials so far are kept: make room, then run the same "
                 "command again"
             ) from error
-
-
-@contextlib.contextmanager
-def _finishing_first() -> typing.Iterator[None]:
-    """Let a Ctrl-C wait for the end of the block: in the middle of a write it would leave a lock half released."""
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield
-        return
-    pressed: list[tuple[int, types.FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if pressed:
-        usual(*pressed[0])
-
-
-@contextlib.contextmanager
-def _refusing_damage() -> typing.Iterator[None]:
-    try:
-        yield
-    # What Optuna raises on lines of JSON that are no records of its own.
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise InputError(
-            f"the study is damaged ({type(error).__name__}: {error}); move it away or name another"
-        ) from error
 
 
 def _study_name(problem: Problem, target: GpuTarget, how: str, configs: typing.Sequence[KernelConfig]) -> str:
@@ -203,41 +240,3 @@ def _varied(problem: Problem, configs: typing.Sequence[KernelConfig]) -> list[Ke
             seen |= pairs
             kept.append(config)
     return kept
-
-
-def _attributes(tried: Tried) -> dict[str, object]:
-    record = tried.record
-    attributes: dict[str, object] = {
-        "config": record.config.as_dict(),
-        "resources": None if record.resources is None else dataclasses.asdict(record.resources),
-        "max_error": tried.max_error,
-        "allowed_error": tried.allowed_error,
-        "binary_hash": tried.binary_hash,
-    }
-    key = "rejected" if isinstance(record.result, Rejected) else "timing"
-    attributes[key] = dataclasses.asdict(record.result)
-    return attributes
-
-
-def tried_from(number: int, user_attrs: typing.Mapping[str, typing.Any]) -> Tried:
-    """Return a trial as it was told, from its attributes.
-
-    Raises:
-        InputError: if they are not what `ProblemStudy.tell` wrote.
-    """
-    with _refusing_damage():
-        attributes = json.loads(user_attrs["flashgen"])
-        resources = attributes["resources"]
-        rejected = attributes.get("rejected")
-        return Tried(
-            record=TrialRecord(
-                number=number,
-                config=config_from_dict(attributes["config"]),
-                resources=None if resources is None else KernelResources(**resources),
-                result=Rejected(**rejected) if rejected else Timing(**attributes["timing"]),
-                resumed=True,
-            ),
-            max_error=attributes["max_error"],
-            allowed_error=attributes["allowed_error"],
-            binary_hash=attributes["binary_hash"],
-        )

@@ -21,6 +21,7 @@ class Task:
         legal: how many configs the space holds.
         planned: how many of them to try, those of earlier runs included.
         default: what runs where nothing is tuned; the winner must beat it.
+        owed: the default and what won before: even a search that is out of time waits for them, to the deadline.
         deadline: monotonic time at which the result is due.
         software: versions, for the entry.
         seed: of the search.
@@ -32,6 +33,7 @@ class Task:
     legal: int
     planned: int
     default: KernelConfig
+    owed: frozenset[KernelConfig] = frozenset()
     deadline: float
     software: Software
     seed: int

@@ -10,8 +10,8 @@ from flashgen.codegen import KernelConfig, render
 from flashgen.measure import tflops
 from flashgen.registry import Accuracy, MeasuredRange, Origin, Performance, Provenance, RegistryEntry, RunnerUp
 from flashgen.tuning.evaluators import Final
-from flashgen.tuning.study import Tried
 from flashgen.tuning.task import Task
+from flashgen.tuning.tried import Tried
 
 _KEPT_RUNNERS_UP = 8
 

@@ -81,3 +81,14 @@ def test_the_command() -> None:
     )
     assert wrong.returncode == 2
     assert "unknown samplers luck; there are flashgen" in wrong.stderr
+
+
+def test_many_workers_replay_a_table_over_a_journal() -> None:
+    words = ["--storages", "journal", "--workers", "3", "--scale", "0.05", "--seconds", "4", "--ramp", "2"]
+    told = subprocess.run(
+        [sys.executable, FOLDER / "many_workers.py", *words], capture_output=True, text=True, check=True
+    )
+    header, row = told.stdout.splitlines()[1:]
+    assert header.split()[:3] == ["storage", "workers", "trials/s"]
+    assert row.split()[:2] == ["journal", "3"]
+    assert float(row.split()[2]) > 0

@@ -13,7 +13,8 @@ from flashgen.spec import parse_problem
 from flashgen.target import named_target
 from flashgen.tuning.events import TrialRecord
 from flashgen.tuning.journal import open_storage
-from flashgen.tuning.study import ProblemStudy, Tried
+from flashgen.tuning.study import ProblemStudy
+from flashgen.tuning.tried import Tried
 
 # As `tuned` holds an entry for.
 PROBLEM = "b=1 hq=2 hkv=1 sq=1024 sk=1024 forward d=64 causal fp16"

@@ -26,7 +26,8 @@ from flashgen.integrations import load_presets
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "tune", "retune", "report", "show", "explain", "emit", "compile", "bench", "verify", "export", "schema", "doctor",
+    "tune", "join", "retune", "report", "show", "explain",
+    "emit", "compile", "bench", "verify", "export", "schema", "doctor",
 )  # fmt: skip
 SHAPE = "b=1 h=2 s=128 d=64 fp16"
 
@@ -58,7 +59,7 @@ def test_help_teaches_by_example(run: typing.Any, command: str) -> None:
     assert f"Example: flashgen {command}" in result.stdout
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"report", "show", "schema", "doctor"}))
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"join", "report", "show", "schema", "doctor"}))
 def test_help_names_every_preset(run: typing.Any, command: str) -> None:
     words = " ".join(run(command, "--help").stdout.split())
     listed = words.partition("--preset NAME A named list of problems: ")[2].partition(". ")[0]

@@ -34,7 +34,8 @@ from flashgen.tuning.choices import find_choices
 from flashgen.tuning.effort import EFFORTS
 from flashgen.tuning.events import TrialRecord
 from flashgen.tuning.journal import open_storage
-from flashgen.tuning.study import ProblemStudy, Tried
+from flashgen.tuning.study import ProblemStudy
+from flashgen.tuning.tried import Tried
 
 PROBLEM = "b=4 hq=16 hkv=16 sq=4096 sk=4096 forward d=128 causal bf16"
 SMALL = "b=1 hq=2 hkv=2 sq=512 sk=512 forward d=64 full bf16"

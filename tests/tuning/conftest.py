@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
+import pwd
+import shutil
 import subprocess
 import sys
+import tempfile
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +43,7 @@ PLANTED = Jobs(
     evaluate_timeout_s=2.0,
     race_timeout_s=2.0,
     interpret_timeout_s=2.0,
+    idle_s=10.0,
 )
 
 
@@ -80,6 +86,7 @@ class Bench:
         folder: Path | None = None,
         study: str | None = None,
         seeds_only: bool = True,
+        shared: bool = False,
     ) -> Run:
         """Return a run."""
         return Run(
@@ -93,6 +100,7 @@ class Bench:
             workers=workers,
             observer=observer or SilentObserver(),
             jobs=jobs or self.jobs,
+            shared=shared,
         )
 
     def child(self, *, gpu: str | None, trials: int, before: str = "") -> subprocess.Popen[str]:
@@ -143,3 +151,49 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     bench.plan()
     (tmp_path / "log").touch()
     return bench
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A PostgreSQL server that listens on a socket in its own folder."""
+
+    folder: Path
+    user: str | None
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg://flashgen@/postgres?host={self.folder}"
+
+    def run(self, *command: str) -> None:
+        told = self.folder / "log"
+        with told.open("a") as log:
+            done = subprocess.run(command, user=self.user, stdout=log, stderr=log, cwd=self.folder, check=False)
+        assert done.returncode == 0, told.read_text()
+
+    def start(self) -> None:
+        options = f"-k {self.folder} -c listen_addresses=''"
+        self.run("pg_ctl", "start", "--wait", "--pgdata=data", "--log=server.log", f"--options={options}")
+
+    def stop(self) -> None:
+        self.run("pg_ctl", "stop", "--wait", "--pgdata=data", "--mode=immediate")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A PostgreSQL server of the test's own."""
+    if shutil.which("initdb") is None:
+        pytest.skip("PostgreSQL's initdb is not on PATH")
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("psycopg is not installed")
+    # Its path must be short, and its own user's: it will not run as root.
+    with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as name:
+        user = "postgres" if os.getuid() == 0 else None
+        if user is not None:
+            os.chown(name, pwd.getpwnam(user).pw_uid, -1)
+        server = Server(Path(name), user)
+        server.run("initdb", "--pgdata=data", "--username=flashgen", "--auth=trust", "--no-sync")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.run("pg_ctl", "stop", "--pgdata=data", "--mode=immediate")

@@ -60,7 +60,7 @@ whole = JournalFileBackend.append_logs
 
 def half(self, logs, count=[0]):
     count[0] += 1
-    if count[0] < 100:
+    if count[0] < 14:
         return whole(self, logs)
     os.symlink(self._file_path, self._file_path + ".lock")
     with open(self._file_path, "ab") as file:

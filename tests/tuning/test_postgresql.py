@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from flashgen.cli.configs import short_config
@@ -21,53 +11,7 @@ from flashgen.report import read_report
 from flashgen.tuning import SilentObserver
 from flashgen.tuning.journal import open_storage
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL's initdb is not on PATH"),
-    pytest.mark.skipif(importlib.util.find_spec("psycopg") is None, reason="psycopg is not installed"),
-]
-
 TRIALS = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Server:
-    """A PostgreSQL server that listens on a socket in its own folder."""
-
-    folder: Path
-    user: str | None
-
-    @property
-    def url(self) -> str:
-        return f"postgresql+psycopg://flashgen@/postgres?host={self.folder}"
-
-    def run(self, *command: str) -> None:
-        told = self.folder / "log"
-        with told.open("a") as log:
-            done = subprocess.run(command, user=self.user, stdout=log, stderr=log, cwd=self.folder, check=False)
-        assert done.returncode == 0, told.read_text()
-
-    def start(self) -> None:
-        options = f"-k {self.folder} -c listen_addresses=''"
-        self.run("pg_ctl", "start", "--wait", "--pgdata=data", "--log=server.log", f"--options={options}")
-
-    def stop(self) -> None:
-        self.run("pg_ctl", "stop", "--wait", "--pgdata=data", "--mode=immediate")
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    # Its path must be short, and its own user's: it will not run as root.
-    with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as name:
-        user = "postgres" if os.getuid() == 0 else None
-        if user is not None:
-            os.chown(name, pwd.getpwnam(user).pw_uid, -1)
-        server = Server(Path(name), user)
-        server.run("initdb", "--pgdata=data", "--username=flashgen", "--auth=trust", "--no-sync")
-        server.start()
-        try:
-            yield server
-        finally:
-            server.run("pg_ctl", "stop", "--pgdata=data", "--mode=immediate")
 
 
 def test_a_study_on_a_server_is_resumed_and_reported(bench, server):
@@ -87,7 +31,7 @@ def test_a_study_on_a_server_is_resumed_and_reported(bench, server):
 class Stopping(SilentObserver):
     """Stops the server after some trials."""
 
-    def __init__(self, server: Server, after: int) -> None:
+    def __init__(self, server, after: int) -> None:
         self._server, self._left = server, after
 
     def trial(self, record, best, done, seconds_left):

@@ -21,8 +21,9 @@ from flashgen.tuning.events import ProblemResult, TrialRecord
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.quarantine import Quarantine, default_quarantine
 from flashgen.tuning.search import SPILL_LIMIT_BYTES, ProblemSearch
-from flashgen.tuning.study import ProblemStudy, Tried
+from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
+from flashgen.tuning.tried import Tried
 from flashgen.tuning.winner import choose_winner
 from flashgen.tuning.workers import Finished, WorkerResult
 

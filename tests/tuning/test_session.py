@@ -120,9 +120,9 @@ def test_winners_are_tried_first_on_the_next_problem_and_in_the_next_study(bench
 
 
 def test_what_an_earlier_problem_left_behind_is_not_the_next_ones(bench):
-    bench.plan(compile={f"fp16 {config}": {"sleep_s": 5.0} for config in bench.seeds})
+    bench.plan(compile={f"fp16 {config}": {"sleep_s": 9.0} for config in bench.seeds})
     jobs = dataclasses.replace(bench.jobs, compile_timeout_s=60.0)
-    first, second = bench.run(problems=[SMALL, BF16], trials=4, budget_s=14.0, jobs=jobs).results
+    first, second = bench.run(problems=[SMALL, BF16], trials=4, budget_s=17.0, jobs=jobs).results
     assert (first.trials, first.entry) == ((), None)
     assert first.note.startswith("out of time after 0 of 4 configs")
     # The planted compiler gives bf16 kernels 101 registers, fp16 ones 100.

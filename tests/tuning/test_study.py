@@ -26,7 +26,8 @@ from flashgen.tuning.choices import find_choices
 from flashgen.tuning.effort import EFFORTS
 from flashgen.tuning.events import TrialRecord
 from flashgen.tuning.journal import open_storage
-from flashgen.tuning.study import FAILED_US, ProblemStudy, Tried, _varied
+from flashgen.tuning.study import ProblemStudy, _varied
+from flashgen.tuning.tried import FAILED_US, Tried
 
 H200 = named_target("H200")
 PROBLEM = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")
