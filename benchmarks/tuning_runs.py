@@ -4,7 +4,9 @@
 
 Every run has a seed, a study and a registry of its own, and does not know what ships for the GPU. `overlap` is its wall
 clock over the longer of its two kinds of work: compiling (the mean of the processes) and measuring (of the GPUs). What
-won is compared at the end in one interleaved race: who is within its noise of the fastest is tied with it.
+won is compared at the end in one interleaved race: who is within its noise of the fastest is tied with it. Trials a
+second are counted from the first result to the last: starts and the final comparison cost the same on any number of
+GPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import time
 import typing
 from pathlib import Path
 
@@ -22,10 +25,10 @@ from flashgen.codegen import KernelConfig
 from flashgen.measure import Timing
 from flashgen.registry import RegistryEntry
 from flashgen.spec import parse_problem
-from flashgen.tuning import EFFORTS, TrialRecord, tune
+from flashgen.tuning import EFFORTS, SilentObserver, TrialRecord, tune
 from flashgen.tuning.gpu_evaluator import GpuEvaluator
 from flashgen.tuning.jobs import Jobs
-from flashgen.tuning.study import Tried
+from flashgen.tuning.tried import Tried
 
 _RACE_MS = 100.0
 
@@ -39,6 +42,7 @@ class Run:
         winner: its config.
         us: the winner's median device time.
         trials: how many configs were tried.
+        search_s: from the first result of a trial to the last.
         wall_s: from the call to the report.
         compile_s: that a compiling process worked, on the average.
         measure_s: that a GPU's process worked, on the average.
@@ -48,6 +52,7 @@ class Run:
     winner: KernelConfig
     us: float
     trials: int
+    search_s: float
     wall_s: float
     compile_s: float
     measure_s: float
@@ -60,8 +65,18 @@ class Run:
     def row(self) -> dict[str, object]:
         """Return it as plain values."""
         told = {name: round(value, 2) for name, value in dataclasses.asdict(self).items() if name != "winner"}
-        rate = round(self.trials / self.wall_s, 2)
+        rate = round((self.trials - 1) / max(self.search_s, 1e-9), 2)
         return {**told, "overlap": round(self.overlap, 2), "trials_per_s": rate, "winner": self.winner.as_dict()}
+
+
+class _Watch(SilentObserver):
+    """Keeps when results came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def trial(self, record: TrialRecord, best: TrialRecord | None, done: int, seconds_left: float | None) -> None:
+        self.times.append(time.monotonic())
 
 
 def main() -> None:
@@ -72,7 +87,7 @@ def main() -> None:
     parser.add_argument("--effort", choices=EFFORTS, default="quick")
     parser.add_argument("--device", default="cuda:0", help="as of flashgen tune")
     parser.add_argument("--workers", type=int, help="compiling processes; default: as flashgen tune")
-    parser.add_argument("--warm", action="store_true", help="keep compiled kernels from run to run")
+    parser.add_argument("--warm", action="store_true", help="keep what was compiled, from run to run and before")
     parser.add_argument("--json", action="store_true", help="print each run as a line of JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -82,8 +97,9 @@ def main() -> None:
         flashgen.resources.shipped_registry_dir = lambda: empty
         entries, runs = [], []
         for seed in range(arguments.runs):
-            # Triton's cache, which the workers inherit: what an earlier run compiled would cost this one nothing.
-            os.environ["TRITON_CACHE_DIR"] = str(folder / ("triton" if arguments.warm else f"triton{seed}"))
+            if not arguments.warm:
+                # The workers inherit it: what an earlier run compiled would cost this one nothing.
+                os.environ["TRITON_CACHE_DIR"] = str(folder / f"triton{seed}")
             entry, run = _tuned(arguments, seed, folder / str(seed))
             entries.append(entry)
             runs.append(run)
@@ -95,6 +111,7 @@ def main() -> None:
 
 
 def _tuned(arguments: argparse.Namespace, seed: int, folder: Path) -> tuple[RegistryEntry, Run]:
+    watch = _Watch()
     report = tune(
         [arguments.shape],
         device=arguments.device,
@@ -103,6 +120,7 @@ def _tuned(arguments: argparse.Namespace, seed: int, folder: Path) -> tuple[Regi
         seed=seed,
         registry=folder,
         study=str(folder / "study.journal"),
+        observer=watch,
     )
     (result,) = report.results
     if result.entry is None:
@@ -112,6 +130,7 @@ def _tuned(arguments: argparse.Namespace, seed: int, folder: Path) -> tuple[Regi
         winner=result.entry.config,
         us=result.entry.performance.median_us,
         trials=len(result.trials),
+        search_s=watch.times[-1] - watch.times[0],
         wall_s=report.wall_s,
         compile_s=result.compile_s,
         measure_s=result.measure_s,

@@ -164,7 +164,7 @@ def test_the_next_candidate_has_its_result_within_seconds_of_a_fault(
     plan = {"evaluate": {str(config): fault for config, fault in planted.items()}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     reports = {config: compile_job(problem.spec, config, target) for config in (right, *planted)}
-    evaluator = GpuEvaluator("cuda:0", Jobs(evaluate="faulty_gpu_jobs:evaluate"))
+    evaluator = GpuEvaluator(["cuda:0"], Jobs(evaluate="faulty_gpu_jobs:evaluate"))
     try:
         evaluator.start()
         first = evaluated(evaluator, [right], problem, reports)
