@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import json
+import lzma
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,13 +66,17 @@ class Race:
         return json.dumps(document)
 
 
+def _text(path: Path) -> str:
+    return lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
+
+
 class Record:
     """The races in a file; the last of two that hold a config counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._races: dict[str, list[Race]] = {}
-        text = path.read_text() if path.exists() else ""
+        text = _text(path) if path.exists() else ""
         # A run that was killed may have left half a line.
         self._torn = not text.endswith("\n") and bool(text)
         for line in text.splitlines():

@@ -25,6 +25,7 @@ from flashgen.measure.gradients import Gradients, gradient_reference
 from flashgen.measure.outcome import Measurement, Outcome, Rejected, Stage, Timing
 from flashgen.measure.pairs import count_visible
 from flashgen.measure.philox import dropout_keep
+from flashgen.measure.race import Race, run_race
 from flashgen.measure.reference import attention_reference
 from flashgen.measure.roofline import Floor, Prediction, floor_us, predict_us, tbps, tflops
 
@@ -47,6 +48,7 @@ __all__ = [
     "Outcome",
     "Precision",
     "Prediction",
+    "Race",
     "Rejected",
     "Stage",
     "Timing",
@@ -69,6 +71,7 @@ __all__ = [
     "random_inputs",
     "random_lse_gradients",
     "random_output_gradients",
+    "run_race",
     "sampled_heads",
     "tbps",
     "tflops",

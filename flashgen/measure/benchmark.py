@@ -104,18 +104,26 @@ def benchmark(
     Raises:
         InputError: if rounds is below 1 or target_ms is not positive.
     """
+    samples = interleaved(candidates, clock=clock, rounds=rounds, target_ms=target_ms, seed=seed)
+    return {name: Timing.of([us for of_round in each for us in of_round]) for name, each in samples.items()}
+
+
+def interleaved(
+    candidates: Mapping[str, Call], *, clock: Clock, rounds: int, target_ms: float, seed: int = 0
+) -> dict[str, list[list[float]]]:
+    """Return the samples of each candidate in microseconds, round by round; otherwise as `benchmark`."""
     if rounds < 1 or target_ms <= 0:
         raise InputError(f"rounds must be at least 1 and target_ms positive, got {rounds} and {target_ms}")
     round_us = target_ms * 1e3 / rounds
     repeats = {name: estimate_repeats(call, clock, round_us) for name, call in candidates.items()}
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[list[float]]] = {name: [] for name in candidates}
     order = list(candidates)
     shuffler = random.Random(seed)
     for _ in range(rounds):
         shuffler.shuffle(order)
         for name in order:
-            samples[name] += clock.samples_us(candidates[name], repeats[name])
-    return {name: Timing.of(values) for name, values in samples.items()}
+            samples[name].append(clock.samples_us(candidates[name], repeats[name]))
+    return samples
 
 
 def estimate_repeats(call: Call, clock: Clock, round_us: float) -> int:

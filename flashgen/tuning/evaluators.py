@@ -30,12 +30,15 @@ class Final:
         timings: of each finalist that was not refused; those of the search where there was no race.
         baselines: median us of what was timed beside them.
         noise: relative difference below which two timings are a tie.
+        at_least: how many times the time of the fastest each takes at least, as far as is known; who may take less than
+            it is tied as well.
         refused: finalists that failed in it, with the reason.
     """
 
     timings: dict[KernelConfig, Timing]
     baselines: dict[str, float]
     noise: float
+    at_least: dict[KernelConfig, float] = dataclasses.field(default_factory=dict)
     refused: dict[KernelConfig, str]
 
 

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from flashgen.codegen import KernelConfig
 from flashgen.compile import CompileReport
 from flashgen.errors import FlashgenError
-from flashgen.measure import Measurement, Outcome, Rejected, Timing
+from flashgen.measure import Measurement, Outcome, Race, Rejected, Timing
 from flashgen.registry import Origin
 from flashgen.spec import AttentionSpec, Phase, Problem
 from flashgen.tuning.evaluators import Final, failure_reason, times_longer
@@ -29,7 +29,6 @@ _TICK_S = 0.25
 _VARIANTS: dict[Phase, str] = {"forward": "with lse", "backward": "with dbias"}
 
 _Candidate = tuple[int, Problem, KernelConfig]
-_Raced = tuple[list[Timing], dict[str, Timing]]
 
 
 class GpuEvaluator:
@@ -142,32 +141,38 @@ class GpuEvaluator:
                 if isinstance(alone, str):
                     refused[tried.config] = alone
             survivors = [tried for tried in finalists if tried.config not in refused]
-            raced = self._race(problem, survivors, target_ms, seed, baselines=False) if survivors else ([], {})
+            if not survivors:
+                return Final(timings={}, baselines={}, noise=_NOISE_WITHOUT_RACE, refused=refused)
+            raced = self._race(problem, survivors, target_ms, seed, baselines=False)
         if isinstance(raced, str):
             timings = {tried.config: tried.timing for tried in survivors}
             return Final(timings=timings, baselines={}, noise=_NOISE_WITHOUT_RACE, refused=refused)
-        timings = {tried.config: timing for tried, timing in zip(survivors, raced[0], strict=True)}
-        medians = {name: timing.median_us for name, timing in raced[1].items()}
-        noise = _MIN_NOISE
-        if "A/A" in medians:
-            first = raced[0][0].median_us
-            noise = max(noise, abs(medians.pop("A/A") - first) / first)
-        return Final(timings=timings, baselines=medians, noise=noise, refused=refused)
+        names = {str(place): tried.config for place, tried in enumerate(survivors)}
+        return Final(
+            timings={config: raced.timings[name] for name, config in names.items()},
+            baselines={name: timing.median_us for name, timing in raced.timings.items() if name not in names},
+            noise=max(_MIN_NOISE, raced.noise),
+            at_least={config: raced.at_least[name] for name, config in names.items()},
+            refused=refused,
+        )
 
     def _race(
         self, problem: Problem, finalists: typing.Sequence[Tried], target_ms: float, seed: int, *, baselines: bool
-    ) -> _Raced | str:
-        """Return the timings of the finalists and of the rest, or why there are none."""
+    ) -> Race | str:
+        """Return the race of the finalists, by their places, or why there is none."""
         configs = [tried.config for tried in finalists]
         longer = times_longer(len(configs))
         outcome = self._call(self._jobs.race, problem, configs, target_ms, seed, baselines, longer=longer)
         if isinstance(outcome, WorkerFailure):
             return f"in the final comparison, {failure_reason(outcome)}"
+        names = set(map(str, range(len(configs))))
         match outcome.value:
-            case (list() as timings, dict() as others) if len(timings) == len(configs) and all(
-                map(_is_sound, (*timings, *others.values()))
+            case Race(timings=timings, at_least=at_least, noise=float(noise)) as race if (
+                timings.keys() >= names == at_least.keys()
+                and all(map(_is_sound, timings.values()))
+                and all(map(math.isfinite, (noise, *at_least.values())))
             ):
-                return timings, others
+                return race
         return f"in the final comparison, the measurement returned {outcome.value!r}"[:1000]
 
     def confirmed_as(self, spec: AttentionSpec) -> AttentionSpec | None:

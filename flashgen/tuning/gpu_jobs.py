@@ -24,10 +24,11 @@ from flashgen.measure import (
     CudaClock,
     Measurement,
     Outcome,
+    Race,
     Rejected,
-    Timing,
     benchmark,
     quick_time,
+    run_race,
 )
 from flashgen.measure.peers import default_baselines
 from flashgen.spec import AttentionSpec, Problem
@@ -42,7 +43,7 @@ _RUNG_ROUNDS = 2
 _RUNG_MS = 8.0
 # A candidate this far behind the best is not timed any further.
 _HOPELESS = 1.5
-_FINAL_ROUNDS = 5
+_FINAL_ROUNDS = 10
 
 
 def start(device: str) -> GpuTarget:
@@ -134,24 +135,17 @@ def confirm(problem: Problem, config: KernelConfig) -> Rejected | None:
 
 def race(
     problem: Problem, configs: typing.Sequence[KernelConfig], target_ms: float, seed: int, baselines: bool
-) -> tuple[list[Timing], dict[str, Timing]]:
-    """Return the timings of finalists, and of what was timed in the same interleaved rounds: the baselines if wanted.
-
-    The first config runs twice, as itself and under the name `A/A`: the difference is the noise floor.
-    """
+) -> Race:
+    """Return the race of finalists, by their places in `configs`, beside the baselines if wanted, by their names."""
     with _ending_if_the_context_is_lost():
         case = _own_case(problem)
-        calls: dict[str, typing.Callable[[], object]] = {
-            str(index): _bound(case, config) for index, config in enumerate(configs)
-        }
-        calls["A/A"] = calls["0"]
+        finalists = {str(index): _bound(case, config) for index, config in enumerate(configs)}
+        beside: dict[str, typing.Callable[[], object]] = {}
         for peer in default_baselines(_device()) if baselines else ():
             run = peer.make(case.tensors["q"], case.tensors["k"], case.tensors["v"], problem, case.extras)
             if not isinstance(run, str):
-                calls[peer.name] = run
-        timings = benchmark(calls, clock=_clock(), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed)
-    finalists = [timings.pop(str(index)) for index in range(len(configs))]
-    return finalists, timings
+                beside[peer.name] = run
+        return run_race(finalists, beside, clock=_clock(), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed)
 
 
 def _check_own_shape(problem: Problem, config: KernelConfig) -> tuple[float, float] | Rejected:

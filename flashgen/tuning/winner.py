@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import typing
 
 from flashgen.codegen import KernelConfig, render
@@ -36,8 +37,9 @@ class Choice:
 def choose_winner(finalists: typing.Sequence[Tried], final: Final, default: KernelConfig) -> Choice | None:
     """Return the choice among the finalists, or None if every one was refused.
 
-    Within the noise of the fastest the default wins, so that nothing changes without a gain; else the one with fewer
-    spills, less shared memory, and the earlier config: the same answer every time.
+    Who is within the noise of the fastest, or not surely slower, is tied with it. Among those the default wins, so that
+    nothing changes without a gain; else the one with fewer spills, less shared memory, and the earlier config: the same
+    answer every time.
     """
     raced = sorted(
         (
@@ -50,7 +52,7 @@ def choose_winner(finalists: typing.Sequence[Tried], final: Final, default: Kern
     if not raced:
         return None
     limit = raced[0].timing.median_us * (1 + final.noise)
-    tied = [tried for tried in raced if tried.timing.median_us <= limit]
+    tied = [t for t in raced if t.timing.median_us <= limit or final.at_least.get(t.config, math.inf) <= 1]
     winner = min(tied, key=lambda tried: (tried.config != default, _tie_break(tried)))
     return Choice(
         winner=winner,

@@ -202,6 +202,16 @@ def test_the_ladder_meets_its_figures_where_the_entries_know_the_times(
     assert summary["slower than the default"] == 0
 
 
+def test_the_ladder_meets_its_figures_in_the_recorded_races(
+    bench: types.ModuleType, races: types.ModuleType, held_out: list[typing.Any]
+) -> None:
+    ratio = races.Record(FOLDER / "leave_one_out.jsonl.xz").ratio
+    summary = bench.summary_of([bench.row_of(one, ratio) for one in held_out])
+    assert summary["timed"] >= 80
+    assert summary["mean regret"] <= 0.03
+    assert summary["p95 regret"] <= 0.1
+
+
 def test_the_command(tmp_path: Path) -> None:
     def run(*words: str) -> str:
         command = [sys.executable, str(FOLDER / "leave_one_out.py"), "--match", "d=256 full", *words]

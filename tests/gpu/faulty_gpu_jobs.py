@@ -17,7 +17,7 @@ import triton.language as tl
 from flashgen.codegen import KernelConfig
 from flashgen.compile import CompiledKernel
 from flashgen.launch import bind_backward, bind_forward
-from flashgen.measure import Outcome, Rejected, Timing
+from flashgen.measure import Outcome, Race, Rejected
 from flashgen.spec import Extras, Problem
 from flashgen.tuning import gpu_jobs
 
@@ -93,7 +93,7 @@ def evaluate(problem: Problem, config: KernelConfig, best_us: float | None) -> O
 
 def race(
     problem: Problem, configs: typing.Sequence[KernelConfig], target_ms: float, seed: int, baselines: bool
-) -> tuple[list[Timing], dict[str, Timing]]:
+) -> Race:
     _plant("race")
     return gpu_jobs.race(problem, configs, target_ms, seed, baselines)
 

@@ -140,8 +140,11 @@ def race(
     words = plan.get("evaluate", {})
     length = _length(problem)
     times = [words.get(str(config)) or words.get(f"{length} {config}") or usual_us(config) for config in configs]
-    others = {"A/A": _timing(times[0] * 1.02)} | ({"cudnn": _timing(90.0)} if baselines else {})
-    return [_timing(us) for us in times], others
+    timings = {str(place): _timing(us) for place, us in enumerate(times)} | (
+        {"cudnn": _timing(90.0)} if baselines else {}
+    )
+    at_least = {str(place): us / min(times) for place, us in enumerate(times)}
+    return Made("flashgen.measure:Race", timings=timings, at_least=at_least, noise=0.02)
 
 
 def confirm(problem: Problem, config: KernelConfig) -> object:

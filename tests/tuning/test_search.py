@@ -90,6 +90,14 @@ def test_the_times_of_the_race_count_and_the_refused_do_not():
     assert choose_winner(finalists, nobody, default=B) is None
 
 
+def test_who_is_not_surely_slower_is_tied_and_the_default_among_them_wins():
+    finalists = [tried(A, 104.0), tried(B, 100.0), tried(C, 103.0)]
+    final = dataclasses.replace(final_of(finalists, noise=0.01), at_least={A: 0.99, B: 1.0, C: 1.01})
+    choice = choose_winner(finalists, final, default=A)
+    assert choice is not None
+    assert (choice.winner.config, choice.tied) == (A, (B,))
+
+
 class InstantPool:
     """Compiles at once, as `reports` say; configs in `stuck` never end."""
 
