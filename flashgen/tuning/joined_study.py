@@ -15,9 +15,9 @@ from flashgen.tuning.evaluators import Evaluator, compile_report, shared_memory_
 from flashgen.tuning.events import JoinReport, TrialRecord
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.offers import Offer
+from flashgen.tuning.pool import Finished, Pool
 from flashgen.tuning.search import SPILL_LIMIT_BYTES
 from flashgen.tuning.tried import Tried
-from flashgen.tuning.workers import Finished, Pool
 
 _TICK_S = 0.25
 _CHECK_S = 2.0

@@ -14,13 +14,13 @@ from flashgen.measure import Measurement, Outcome, Rejected, Timing
 from flashgen.tuning.evaluators import Evaluator, Final, compile_report, shared_memory_refusal, times_longer
 from flashgen.tuning.events import Observer, ProblemResult, TrialRecord
 from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.pool import Finished, Pool
 from flashgen.tuning.quarantine import Quarantine
 from flashgen.tuning.sharing import Sharing
 from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
 from flashgen.tuning.tried import Tried
 from flashgen.tuning.winner import Choice, by_speed, choose_winner, make_entry
-from flashgen.tuning.workers import Finished, Pool
 
 # A few spilled registers outside the loop over visible tiles cost nothing (the winner at D=128 has some); more of them
 # stand inside it. Where everything spills (float32 at D=128), the least spilling are tried.
