@@ -25,7 +25,8 @@ from flashgen.measure import Clock, benchmark
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget, Software
 from flashgen.tuning.gpu_cases import Case, make_case
-from flashgen.tuning.workers import Pool, WorkerFailure
+from flashgen.tuning.pool import Pool
+from flashgen.tuning.workers import WorkerFailure
 
 _COMPILE_S = 120.0
 _HUNG_S = 90

@@ -34,7 +34,8 @@ from flashgen.search_space import load_space
 from flashgen.spec import Problem, parse_problem
 from flashgen.tuning.evaluators import failure_reason
 from flashgen.tuning.gpu_cases import Case, make_case
-from flashgen.tuning.workers import Finished, Pool, WorkerFailure
+from flashgen.tuning.pool import Finished, Pool
+from flashgen.tuning.workers import WorkerFailure
 
 _HUNG_S = 40
 _COMPILE_S = 120.0

@@ -10,14 +10,14 @@ from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
+from flashgen.tuning.candidates import SPILL_LIMIT_BYTES, spills_much
 from flashgen.tuning.claims import Claims, Pace
 from flashgen.tuning.evaluators import Evaluator, compile_report, shared_memory_refusal
 from flashgen.tuning.events import JoinReport, TrialRecord
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.offers import Offer
-from flashgen.tuning.search import SPILL_LIMIT_BYTES
+from flashgen.tuning.pool import Finished, Pool
 from flashgen.tuning.tried import Tried
-from flashgen.tuning.workers import Finished, Pool
 
 _TICK_S = 0.25
 _CHECK_S = 2.0
@@ -120,7 +120,7 @@ class JoinedStudy:
         refused = shared_memory_refusal(report.resources, self._target)
         if refused is not None:
             self._hand_in(offer, report, refused)
-        elif self._evaluator is None or report.resources.spills > SPILL_LIMIT_BYTES:
+        elif self._evaluator is None or spills_much(report.resources):
             self._report.compiled += self._claims.put_back(offer, report)
         else:
             self._measure(offer, report)

@@ -25,8 +25,8 @@ from flashgen.tuning.gpu_evaluator import GpuEvaluator
 from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.joined_study import JoinedStudy
 from flashgen.tuning.journal import join_storage, shown_place
+from flashgen.tuning.pool import Pool
 from flashgen.tuning.shared_run import SharedRun, code_digest, find_open, has_ended
-from flashgen.tuning.workers import Pool
 
 _PAUSE_S = 1.0
 

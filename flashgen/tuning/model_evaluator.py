@@ -16,9 +16,10 @@ from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.evaluators import Final, failure_reason
 from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.pool import Pool
 from flashgen.tuning.tried import Tried
 from flashgen.tuning.workers import Outcome as WorkerOutcome
-from flashgen.tuning.workers import Pool, WorkerFailure
+from flashgen.tuning.workers import WorkerFailure
 
 Checked = tuple[float, float] | Rejected
 

@@ -24,6 +24,7 @@ from flashgen.tuning.evaluators import Evaluator
 from flashgen.tuning.events import PortfolioResult, ProblemResult, TuneReport
 from flashgen.tuning.interrupts import finishing_first
 from flashgen.tuning.journal import shown_place
+from flashgen.tuning.pool import Pool
 from flashgen.tuning.quarantine import Quarantine, default_quarantine
 from flashgen.tuning.search import ProblemSearch
 from flashgen.tuning.shared_run import Announcer, can_be_told
@@ -32,7 +33,6 @@ from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
 from flashgen.tuning.tried import Tried
 from flashgen.tuning.winner import Choice, make_entry
-from flashgen.tuning.workers import Pool
 
 if typing.TYPE_CHECKING:
     from flashgen.tuning.run import Run

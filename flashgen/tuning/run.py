@@ -23,7 +23,7 @@ from flashgen.tuning.jobs import Jobs
 from flashgen.tuning.journal import open_storage, shown_place
 from flashgen.tuning.model_evaluator import ModelEvaluator
 from flashgen.tuning.opened_run import OpenRun
-from flashgen.tuning.workers import Pool
+from flashgen.tuning.pool import Pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

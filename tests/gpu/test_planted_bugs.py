@@ -18,7 +18,8 @@ from flashgen.measure import Rejected
 from flashgen.spec import Problem, parse_problem
 from flashgen.tuning.choices import find_choices
 from flashgen.tuning.effort import EFFORTS
-from flashgen.tuning.workers import Pool, Worker, WorkerFailure, WorkerResult
+from flashgen.tuning.pool import Pool
+from flashgen.tuning.workers import Worker, WorkerFailure, WorkerResult
 
 pytestmark = pytest.mark.gpu
 

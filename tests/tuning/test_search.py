@@ -15,17 +15,19 @@ from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected, Timing
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import Software, named_target
+from flashgen.tuning.candidates import SPILL_LIMIT_BYTES
 from flashgen.tuning.effort import EFFORTS
 from flashgen.tuning.evaluators import Final
 from flashgen.tuning.events import ProblemResult, TrialRecord
 from flashgen.tuning.jobs import Jobs
+from flashgen.tuning.pool import Finished
 from flashgen.tuning.quarantine import Quarantine, default_quarantine
-from flashgen.tuning.search import SPILL_LIMIT_BYTES, ProblemSearch
+from flashgen.tuning.search import ProblemSearch
 from flashgen.tuning.study import ProblemStudy
 from flashgen.tuning.task import Task
 from flashgen.tuning.tried import Tried
 from flashgen.tuning.winner import choose_winner
-from flashgen.tuning.workers import Finished, WorkerResult
+from flashgen.tuning.workers import WorkerResult
 
 H200 = named_target("H200")
 PROBLEM = parse_problem("b=1 hq=2 hkv=2 s=256 d=64 fp16")

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from flashgen.errors import WorkerError
-from flashgen.tuning.workers import Finished, Outcome, Pool, Worker, WorkerFailure, WorkerResult
+from flashgen.tuning.pool import Finished, Pool
+from flashgen.tuning.workers import Outcome, Worker, WorkerFailure, WorkerResult
 
 PATIENT_S = 60.0
 
