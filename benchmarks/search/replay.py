@@ -1,11 +1,16 @@
 """Score samplers on recorded tables, without a GPU: how near the optimum after so many evaluations.
 
     python benchmarks/search/replay.py --samplers flashgen,random,tpe --evaluations 48,200,5%
+    python benchmarks/search/replay.py --evaluations 10s,30s
 
 Every config costs one evaluation, a failed, illegal or repeated one too. The share of the optimum is the least time of
 the whole table over the least time found. `flashgen` is the sampler of `flashgen tune` with its seeds for that many
 trials, `unseeded` the same without seeds, `random` takes legal configs without repeats, `tpe` is Optuna's TPESampler as
 it comes, which knows no legal list; `gp` its GPSampler (needs SciPy).
+
+With seconds in place of evaluations, time passes as recorded: each binary is compiled once, on one of --cores, beside
+the measuring of others on one GPU, and the longer of the two counts. Starts of processes and the final comparison,
+which are the same for all, do not, nor do proposals that are no legal config.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from flashgen.errors import FlashgenError
 from flashgen.target import named_target
 from flashgen.tuning.choices import find_choices
 from flashgen.tuning.config_space import suggest_config
-from flashgen.tuning.effort import Effort
+from flashgen.tuning.effort import EFFORTS, Effort
 from flashgen.tuning.sampler import UntriedNeighbourSampler
 from flashgen.tuning.tried import FAILED_US
 
@@ -48,7 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tables", type=Path, default=HERE / "tables", help="folder of recorded tables")
     parser.add_argument("--samplers", default="flashgen,unseeded,random,tpe", help=f"of {', '.join(SAMPLERS)}")
-    parser.add_argument("--evaluations", default="48,200", help="numbers, or shares of the table such as 5%%")
+    parser.add_argument(
+        "--evaluations", default="48,200", help="numbers, shares of the table such as 5%%, or times such as 30s"
+    )
+    parser.add_argument("--cores", type=int, default=14, help="processes that compile, where times are given")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each sampler on each table")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -62,8 +70,9 @@ def main() -> None:
     if not paths:
         parser.error(f"no table in {arguments.tables}; record.py makes them")
     jobs = list(itertools.product(paths, names, arguments.evaluations.split(","), range(arguments.seeds)))
+    cores = itertools.repeat(arguments.cores)
     with concurrent.futures.ProcessPoolExecutor(arguments.workers) as pool:
-        shares = list(pool.map(replay, *zip(*jobs, strict=True)))
+        shares = list(pool.map(replay, *zip(*jobs, strict=True), cores))
     found: dict[tuple[str, str], dict[str, list[float]]] = collections.defaultdict(dict)
     for (path, name, evaluations, _), share in zip(jobs, shares, strict=True):
         found[name, evaluations].setdefault(path.name.removesuffix(".json.xz"), []).append(share)
@@ -81,14 +90,23 @@ def main() -> None:
     print("tables: " + ", ".join(path.name.removesuffix(".json.xz") for path in paths))
 
 
-def replay(path: Path, sampler: str, evaluations: str, seed: int) -> float:
+def replay(path: Path, sampler: str, evaluations: str, seed: int, cores: int) -> float:
     """Return the share of a table's optimum that a sampler reaches."""
     table = _table(path)
-    count = _number(evaluations, table)
-    best = math.inf
+    count, seconds = _limits(evaluations, table)
+    best, compile_s, measure_s = math.inf, 0.0, 0.0
+    compiled: set[KernelConfig] = set()
     for config in itertools.islice(SAMPLERS[sampler](table, count, seed), count):
         row = table.rows.get(config) if config is not None else None
-        if row is not None and row.us is not None:
+        if config is None or row is None:
+            continue
+        if config.kernel() not in compiled:
+            compiled.add(config.kernel())
+            compile_s += row.compile_s
+        measure_s += row.measure_s
+        if max(compile_s / cores, measure_s) > seconds:
+            break
+        if row.us is not None:
             best = min(best, row.us)
     return table.best_us / best
 
@@ -98,8 +116,12 @@ def _table(path: Path) -> Table:
     return load_table(path)
 
 
-def _number(text: str, table: Table) -> int:
-    return math.ceil(float(text[:-1]) / 100 * len(table.rows)) if text.endswith("%") else int(text)
+def _limits(text: str, table: Table) -> tuple[int, float]:
+    """Return how many evaluations there are, and how many seconds."""
+    if text.endswith("s"):
+        return EFFORTS["full"].trials, float(text[:-1])
+    count = math.ceil(float(text[:-1]) / 100 * len(table.rows)) if text.endswith("%") else int(text)
+    return count, math.inf
 
 
 def _told(table: Table, config: KernelConfig | None) -> float:

@@ -56,16 +56,37 @@ def test_what_fails_or_is_no_config_costs_an_evaluation(
     in_order = sorted(table.rows, key=lambda config: table.rows[config].us, reverse=True)
     proposed = [in_order[0], None, in_order[0], in_order[1], in_order[-1]]
     monkeypatch.setitem(replay.SAMPLERS, "planned", lambda table, count, seed: iter(proposed))
-    shares = [replay.replay(path, "planned", str(count), 0) for count in (1, 3, 4, 5)]
+    shares = [replay.replay(path, "planned", str(count), 0, 1) for count in (1, 3, 4, 5)]
     slowest, second = (table.best_us / table.rows[config].us for config in in_order[:2])
     assert shares == [slowest, slowest, max(slowest, second), 1.0]
-    assert replay.replay(path, "random", "100%", 0) == 1.0
+    assert replay.replay(path, "random", "100%", 0, 1) == 1.0
+
+
+def test_time_passes_as_recorded_and_each_binary_is_compiled_once(
+    replay: types.ModuleType, table: typing.Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = next(iter(table.rows))
+    same = [config for config in table.rows if config.kernel() == first.kernel()][:2]
+    other = next(config for config in table.rows if config.kernel() != first.kernel())
+    row = dataclasses.replace(table.rows[first], failure="", compile_s=6.0, measure_s=1.0)
+    rows = {
+        config: dataclasses.replace(row, us=us) for config, us in zip((*same, other), (40.0, 20.0, 10.0), strict=True)
+    }
+    dataclasses.replace(table, rows=rows).save(path := tmp_path / "one.json.xz")
+    monkeypatch.setitem(replay.SAMPLERS, "planned", lambda table, count, seed: iter(rows))
+
+    def share(seconds: str, cores: int) -> float:
+        return typing.cast("float", replay.replay(path, "planned", seconds, 0, cores))
+
+    # Two binaries of 6 s, three measurements of 1 s.
+    assert [share(seconds, 1) for seconds in ("5s", "6s", "11s", "12s")] == [0.0, 0.5, 0.5, 1.0]
+    assert [share(seconds, 100) for seconds in ("0.9s", "1s", "2s", "3s")] == [0.0, 0.25, 0.5, 1.0]
 
 
 def test_the_search_comes_near_the_optimum(replay: types.ModuleType) -> None:
     # 48 evaluations, those of --effort quick, are less than 5% of each table.
     assert all(len(replay.load_table(path).rows) * 0.05 > 48 for path in TABLES)
-    shares = [replay.replay(path, "flashgen", "48", 0) for path in TABLES]
+    shares = [replay.replay(path, "flashgen", "48", 0, 1) for path in TABLES]
     assert math.prod(shares) ** (1 / len(shares)) >= 0.985
     assert min(shares) >= 0.95
 

@@ -12,7 +12,16 @@ import torch
 from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig
 from flashgen.errors import FlashgenError
 from flashgen.launch import interpret_backward, interpret_forward
-from flashgen.measure import Oracle, Rejected, awkward_shapes, poisoned_outputs, random_extras, random_inputs
+from flashgen.measure import (
+    HostClock,
+    Oracle,
+    Rejected,
+    awkward_shapes,
+    poisoned_outputs,
+    random_extras,
+    random_inputs,
+)
+from flashgen.measure.peer import Peer
 from flashgen.spec import Problem, parse_problem
 from flashgen.tuning import awkward, gpu_cases, gpu_jobs
 from flashgen.tuning.gpu_cases import Case
@@ -192,3 +201,18 @@ def test_exact_forward_is_of_the_types_that_kernels_read():
     out, lse = gpu_cases._exact_forward(forward, inputs, extras)
     poisoned = poisoned_outputs(forward, device="cpu")
     assert [(t.shape, t.dtype, t.stride()) for t in (out, lse)] == [(t.shape, t.dtype, t.stride()) for t in poisoned]
+
+
+def test_finalists_are_raced_beside_a_baseline(plant, monkeypatch):
+    plant(lambda tensors: None)
+    monkeypatch.setattr(gpu_jobs, "_clock", HostClock)
+    planted = Peer(name="planted", make=lambda q, k, v, problem, extras: lambda: q)
+    refusing = Peer(name="refusing", make=lambda q, k, v, problem, extras: "no")
+    monkeypatch.setattr(gpu_jobs, "default_baselines", lambda device: (planted, refusing))
+    found = gpu_jobs.race(problem("causal fp16", "forward"), [FORWARD, FORWARD], 1.0, 0, True)
+    assert list(found.timings) == ["0", "1", "planted"]
+    assert found.at_least.keys() == {"0", "1"}
+    assert 1.0 in found.at_least.values()
+    assert found.timings["planted"].median_us < found.timings["0"].median_us
+    alone = gpu_jobs.race(problem("causal fp16", "forward"), [FORWARD], 1.0, 0, False)
+    assert (list(alone.timings), alone.at_least) == (["0"], {"0": 1.0})
