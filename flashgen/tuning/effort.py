@@ -50,7 +50,7 @@ class Effort:
 
 EFFORTS: dict[EffortName, Effort] = {
     "check": Effort(trials=8, finalists=3, final_ms=20, seconds=30, seeds_only=True),
-    "quick": Effort(trials=48, finalists=6, final_ms=60, seconds=50),
+    "quick": Effort(trials=96, finalists=6, final_ms=60, seconds=50),
     "full": Effort(trials=200, finalists=8, final_ms=150, seconds=165),
 }
 

@@ -84,7 +84,7 @@ def test_time_passes_as_recorded_and_each_binary_is_compiled_once(
 
 
 def test_the_search_comes_near_the_optimum(replay: types.ModuleType) -> None:
-    # 48 evaluations, those of --effort quick, are less than 5% of each table.
+    # Half as many as --effort quick has, and less than 5% of each table.
     assert all(len(replay.load_table(path).rows) * 0.05 > 48 for path in TABLES)
     shares = [replay.replay(path, "flashgen", "48", 0, 1) for path in TABLES]
     assert math.prod(shares) ** (1 / len(shares)) >= 0.985

@@ -37,7 +37,7 @@ def test_a_process_that_joined_measures_its_share(tmp_path: Path) -> None:
     document = json.loads(said[0])
     assert document["configs"]["measured"] > 0, said
     assert f"measuring on {device}" in said[1]
-    assert len({trial.config for trial in result.trials}) == len(result.trials) == 48
+    assert len({trial.config for trial in result.trials}) == len(result.trials) == 96
     nonsense = [t for t in result.trials if isinstance(t.result, Rejected) and "makes no sense" in t.result.reason]
     assert not nonsense
     assert sum(isinstance(trial.result, Timing) for trial in result.trials) > 24
