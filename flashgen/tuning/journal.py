@@ -92,7 +92,10 @@ def join_storage(study: str) -> BaseStorage | None:
     with _refusing(study):
         if "://" not in study:
             path = Path(study).absolute()
-            return _journal(path) if path.exists() else None
+            if not path.exists():
+                return None
+            _require_journal(path)
+            return _journal(path)
         # Two that make the tables at once would disturb each other; this one is made last.
         engine = sqlalchemy.create_engine(study, poolclass=sqlalchemy.pool.NullPool)
         if not sqlalchemy.inspect(engine).has_table("alembic_version"):
@@ -167,9 +170,7 @@ def _mend(path: Path) -> None:
     """
     if not path.exists():
         return
-    with open(path, "rb") as file:
-        if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
-            raise ValueError("it is not an Optuna journal")
+    _require_journal(path)
     lock = JournalLock(str(path))
     lock.acquire()
     try:
@@ -181,6 +182,12 @@ def _mend(path: Path) -> None:
             json.loads(last_line)
     finally:
         lock.release()
+
+
+def _require_journal(path: Path) -> None:
+    with open(path, "rb") as file:
+        if not _FIRST_BYTES.startswith(file.read(len(_FIRST_BYTES))):
+            raise ValueError("it is not an Optuna journal")
 
 
 @contextlib.contextmanager

@@ -429,6 +429,13 @@ def test_a_run_that_is_not_shared_offers_nothing(bench):
     )
 
 
+def test_a_file_that_is_no_journal_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "notes").write_text("garbage\n")
+    with pytest.raises(InputError, match="cannot be opened .*it is not an Optuna journal"):
+        join_storage(str(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == "garbage\n"
+
+
 @pytest.mark.parametrize("study", ["sqlite:///{folder}/study.db", "mysql://host/x"])
 def test_databases_that_let_two_claim_one_trial_are_refused(bench, study):
     with pytest.raises(InputError, match="a journal file on a shared folder, or a PostgreSQL"):
