@@ -431,7 +431,7 @@ def test_a_run_that_is_not_shared_offers_nothing(bench):
 
 def test_a_file_that_is_no_journal_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "notes").write_text("garbage\n")
-    with pytest.raises(InputError, match="cannot be opened .*it is not an Optuna journal"):
+    with pytest.raises(InputError, match=r"cannot be opened .*it is not an Optuna journal"):
         join_storage(str(tmp_path / "notes"))
     assert (tmp_path / "notes").read_text() == "garbage\n"
 
