@@ -206,6 +206,7 @@ def test_exact_forward_is_of_the_types_that_kernels_read():
 def test_finalists_are_raced_beside_a_baseline(plant, monkeypatch):
     plant(lambda tensors: None)
     monkeypatch.setattr(gpu_jobs, "_clock", HostClock)
+    monkeypatch.setattr(gpu_jobs, "_FINAL_ROUNDS", 2)
     planted = Peer(name="planted", make=lambda q, k, v, problem, extras: lambda: q)
     refusing = Peer(name="refusing", make=lambda q, k, v, problem, extras: "no")
     monkeypatch.setattr(gpu_jobs, "default_baselines", lambda device: (planted, refusing))
