@@ -2,7 +2,7 @@
 
 Variables: `FLASHGEN_REGISTRY` (extra registry files or folders, separated as in PATH), `FLASHGEN_CACHE` (folder for
 rendered sources, studies and indexes), `FLASHGEN_INTERPRET` (1: run CPU tensors through Triton's interpreter).
-Nothing here runs at import.
+Of Triton's own it looks whether an assembler is named. Nothing here runs at import.
 """
 
 from __future__ import annotations

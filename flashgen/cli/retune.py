@@ -12,7 +12,7 @@ from flashgen.cli.configs import short_config
 from flashgen.cli.output import note, print_json, print_table, ratio
 from flashgen.cli.problems import resolve_problems
 from flashgen.cli.targets import resolve_target
-from flashgen.cli.tune import Budget, Study, Workers, end, parse_seconds
+from flashgen.cli.tune import Budget, Study, Workers, end, parse_seconds, run_document
 
 if typing.TYPE_CHECKING:
     from flashgen.tuning import Reraced, RetuneReport
@@ -112,12 +112,7 @@ def _place(result: Reraced) -> str:
 
 def _document(report: RetuneReport) -> dict[str, object]:
     return {
-        "device": report.target.device_name,
-        "arch": report.target.arch,
-        "interrupted": report.interrupted,
-        "study": report.study,
-        "files": [str(path) for path in report.files],
-        "wall_s": round(report.wall_s, 1),
+        **run_document(report),
         "missing": [str(problem) for problem in report.missing],
         "results": [
             {

@@ -123,6 +123,18 @@ def end(report: TuneReport | RetuneReport, *, failed: bool) -> None:
         raise typer.Exit(FAILED)
 
 
+def run_document(report: TuneReport | RetuneReport) -> dict[str, object]:
+    """Return what every run has, as plain values for JSON."""
+    return {
+        "device": report.target.device_name,
+        "arch": report.target.arch,
+        "interrupted": report.interrupted,
+        "study": report.study,
+        "files": [str(path) for path in report.files],
+        "wall_s": round(report.wall_s, 1),
+    }
+
+
 _UNITS_S = {"h": 3600, "m": 60, "s": 1}
 
 

@@ -8,6 +8,7 @@ import dataclasses
 from flashgen.cli.configs import short_config
 from flashgen.cli.output import note, print_table, ratio
 from flashgen.cli.problems import training_steps
+from flashgen.cli.tune import run_document
 from flashgen.measure import Rejected
 from flashgen.tuning.events import PortfolioResult, ProblemResult, ServedProblem, TuneReport
 from flashgen.tuning.portfolio import LOSS_LIMIT
@@ -120,12 +121,7 @@ def report_document(report: TuneReport) -> dict[str, object]:
     """Return a report as plain values for JSON."""
     portfolios = [_portfolio_document(portfolio) for portfolio in report.portfolios]
     return {
-        "device": report.target.device_name,
-        "arch": report.target.arch,
-        "interrupted": report.interrupted,
-        "study": report.study,
-        "files": [str(path) for path in report.files],
-        "wall_s": round(report.wall_s, 1),
+        **run_document(report),
         "results": [_result_document(result) for result in report.results],
         "training_steps": [step.document() for step in _training_steps(report)],
         **({"portfolios": portfolios} if portfolios else {}),

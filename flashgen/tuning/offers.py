@@ -24,6 +24,8 @@ OFFER = "offer"
 """The attribute that makes a waiting or running trial another machine's business; empty where the run took it back."""
 
 _COMPILED = "compiled"
+MOST_CHARACTERS = 1000
+"""Of a text that is kept with a trial, such as the reason of a rejection."""
 # A name and a number of a file that others write, not of memory that is taken for it.
 _MOST = 1 << 40
 
@@ -173,6 +175,6 @@ def checked_text(told: object) -> str:
     Raises:
         ValueError: if it is none.
     """
-    if not isinstance(told, str) or len(told) > 1000:
+    if not isinstance(told, str) or len(told) > MOST_CHARACTERS:
         raise ValueError(f"{told!r} is no short text"[:200])
     return told

@@ -24,6 +24,7 @@ from flashgen.resources import cache_dir
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.storage import replace_file
 from flashgen.target import GpuTarget, Software
+from flashgen.tuning.offers import MOST_CHARACTERS
 
 _FORMAT = 1
 # The oldest make room.
@@ -84,7 +85,8 @@ class Quarantine:
         if offence is None:
             return None
         reason = f"quarantined on {offence.date}: the same code, at {offence.problem}, ended in {offence.reason}"
-        return Rejected(stage=offence.stage, reason=f"{reason} (remembered in {self._path})")
+        # As long as a study keeps it: the file may hold anything.
+        return Rejected(stage=offence.stage, reason=f"{reason} (remembered in {self._path})"[:MOST_CHARACTERS])
 
     def consider(self, problem: Problem, config: KernelConfig, rejected: Rejected) -> None:
         """Remember a config that hung or killed its process; what was merely wrong is left to the study.
@@ -100,7 +102,8 @@ class Quarantine:
             driver=driver,
             triton=triton,
             config=str(config),
-            problem=str(problem),
+            # A function's source may be part of it.
+            problem=str(problem)[:_REASON_CHARACTERS],
             stage=rejected.stage if rejected.stage in ("compile", "accuracy") else "run",
             reason=rejected.reason.splitlines()[0][:_REASON_CHARACTERS],
             date=datetime.date.today().isoformat(),

@@ -17,6 +17,7 @@ from flashgen.spec import parse_problem
 from flashgen.target import Software, named_target
 from flashgen.tuning import SilentObserver
 from flashgen.tuning.events import TuneReport
+from flashgen.tuning.offers import MOST_CHARACTERS
 from flashgen.tuning.quarantine import Quarantine, code_of, default_quarantine, read_offences
 
 H200, H100 = named_target("H200"), named_target("H100")
@@ -108,6 +109,17 @@ def test_other_code_other_gpus_other_software_have_their_chance(tmp_path):
     # Windows of any size are one kernel.
     narrow, wide = (parse_problem(f"b=1 hq=2 hkv=2 s=256 d=64 sliding_window({n},0) fp16").spec for n in (64, 128))
     assert code_of(narrow, CONFIG) == code_of(wide, CONFIG)
+
+
+def test_a_long_text_in_the_file_makes_no_reason_longer_than_a_study_keeps(tmp_path):
+    path = tmp_path / "quarantine.json"
+    Quarantine(path, H200, HERE).consider(SMALL, CONFIG, HUNG)
+    document = json.loads(path.read_text())
+    document["offences"][0]["problem"] = "score_mod(" + "x" * 5000 + ")"
+    path.write_text(json.dumps(document))
+    refused = Quarantine(path, H200, HERE).refusal(LONGER.spec, CONFIG)
+    assert refused is not None
+    assert len(refused.reason) == MOST_CHARACTERS
 
 
 def test_what_is_merely_wrong_is_not_remembered(tmp_path):
