@@ -15,6 +15,8 @@ from flashgen.tuning.task import Task
 from flashgen.tuning.tried import Tried
 
 _KEPT_RUNNERS_UP = 8
+# Two that are no further apart are one to whoever runs them.
+_AS_FAST = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,9 @@ class Choice:
 def choose_winner(finalists: typing.Sequence[Tried], final: Final, default: KernelConfig) -> Choice | None:
     """Return the choice among the finalists, or None if every one was refused.
 
-    Who is within the noise of the fastest, or not surely slower, is tied with it. Among those the default wins, so that
-    nothing changes without a gain; else the one with fewer spills, less shared memory, and the earlier config: the same
-    answer every time.
+    Who is within the noise of the fastest, or not surely slower, is tied with it. Among those that are within 1% of it
+    as well the default wins, so that nothing changes without a gain; else the one with fewer spills, less shared
+    memory, and the earlier config. A noisy race ties more, and what it measured is still the best guess there is.
     """
     raced = sorted(
         (
@@ -53,7 +55,9 @@ def choose_winner(finalists: typing.Sequence[Tried], final: Final, default: Kern
         return None
     limit = raced[0].timing.median_us * (1 + final.noise)
     tied = [t for t in raced if t.timing.median_us <= limit or final.at_least.get(t.config, math.inf) <= 1]
-    winner = min(tied, key=lambda tried: (tried.config != default, _tie_break(tried)))
+    near = raced[0].timing.median_us * (1 + _AS_FAST)
+    as_fast = [t for t in tied if t.timing.median_us <= near]
+    winner = min(as_fast, key=lambda tried: (tried.config != default, _tie_break(tried)))
     return Choice(
         winner=winner,
         runners_up=tuple(tried for tried in raced if tried is not winner),
