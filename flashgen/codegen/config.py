@@ -29,6 +29,7 @@ Diagonal = typing.Literal["whole", "half"]
 Tiles = typing.Literal["apart", "overlap"]
 Pack = typing.Literal["rows", "heads"]
 Release = typing.Literal["mbarrier", "named"]
+Schedule = typing.Literal["even", "aligned"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loads": typing.get_args(Loads),
     "loops": typing.get_args(Loops),
@@ -41,6 +42,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "tiles": typing.get_args(Tiles),
     "pack": typing.get_args(Pack),
     "release": typing.get_args(Release),
+    "schedule": typing.get_args(Schedule),
 }
 
 
@@ -261,9 +263,45 @@ class TritonBackwardConfig(KernelConfig):
         return super().launch_options(entry_point)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class TritonDecodeConfig(KernelConfig):
+    """Numbers of `templates/triton/decode.py.jinja`, whose rows are the queries of all heads of a group.
+
+    Attributes:
+        block_m: rows of one program: query i of head g of the group is row i * group + g.
+        block_n: keys of one step of its loop.
+        loads: `pointer` (any GPU, any strides, any pages) or `descriptor` (tensor descriptors: bulk copies on Hopper
+            and later, of caches whose pages hold whole tiles).
+        head_tiles: as of the forward kernel.
+        schedule: how keys are divided among programs. `even` gives each as many tiles as any other, across sequences and
+            heads; `aligned` cuts the keys of every tile of rows into as many parts as fill the GPU, so that programs
+            with the same keys read them at the same time. Like the next two a run-time number that costs no compile.
+        programs: how many programs there are for each multiprocessor.
+        min_blocks: key tiles that a part has at least.
+    """
+
+    template: typing.ClassVar[str] = "triton/decode"
+    phase: typing.ClassVar[Phase] = "decode"
+
+    block_m: int
+    block_n: int
+    loads: Loads = "pointer"
+    head_tiles: int = 1
+    schedule: Schedule = "even"
+    programs: int = 2
+    min_blocks: int = 1
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        return ((self.block_m, self.block_n),)
+
+    def kernel(self: Config) -> Config:
+        return dataclasses.replace(self, schedule="even", programs=1, min_blocks=1)
+
+
 _CONFIG_TYPES: dict[str, type[KernelConfig]] = {
     config_type.template: config_type
-    for config_type in (TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig)
+    for config_type in (TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig, TritonDecodeConfig)
 }
 
 

@@ -29,6 +29,13 @@ class Extras:
         cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], where packed sequences start and end.
         seqused_q, seqused_k: int32 [batch].
         q_descale, k_descale, v_descale: float32 [batch, nheads_kv].
+        cache_seqlens: int32 [batch], how many rows of the cache each sequence uses, before anything is appended.
+        page_table: int32 [batch, pages], the page that holds each page_size keys of a sequence.
+        cache_batch_idx: int32 [batch], which entry of the cache each sequence has.
+        cache_leftpad: int32 [batch], the first row of the cache that each sequence uses.
+        rotary_cos, rotary_sin: [positions, rotary_dim / 2], of Q's dtype or float32.
+        k_new, v_new: [batch, nheads_kv, seqlen_new, head_dim], what is appended.
+        num_splits: into how many parts the keys of a tile of queries are cut; 0 leaves it to the config.
         captures: dense tensors that the mask's functions and then score_mod index, in their order.
     """
 
@@ -46,6 +53,15 @@ class Extras:
     q_descale: Tensor | None = None
     k_descale: Tensor | None = None
     v_descale: Tensor | None = None
+    cache_seqlens: Tensor | None = None
+    page_table: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    cache_leftpad: Tensor | None = None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    k_new: Tensor | None = None
+    v_new: Tensor | None = None
+    num_splits: int = 0
     captures: tuple[Tensor, ...] = ()
 
     def bound_mask(self, spec: AttentionSpec) -> Mask:

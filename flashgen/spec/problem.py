@@ -11,14 +11,29 @@ from flashgen.spec.dtypes import DType
 from flashgen.spec.masks import Full, Mask
 from flashgen.spec.mods import ModFunction
 
-Phase = typing.Literal["forward", "backward"]
+Phase = typing.Literal["forward", "backward", "decode"]
 PHASES: tuple[Phase, ...] = typing.get_args(Phase)
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 512
 MAX_BACKWARD_HEAD_DIM = 256
+# Of decode: the latent and the rotary part of multi-head latent attention, 512 + 64.
+_MAX_HEAD_DIM: dict[Phase, int] = {"forward": MAX_HEAD_DIM, "backward": MAX_BACKWARD_HEAD_DIM, "decode": 576}
 
 Bias = typing.Literal["none", "input", "fp32", "bool"]
 BIASES: tuple[Bias, ...] = typing.get_args(Bias)
+
+Rotary = typing.Literal["", "halves", "pairs"]
+ROTARIES: tuple[Rotary, ...] = typing.get_args(Rotary)
+
+FLAGS = (
+    *("softcap", "alibi", "sinks", "dropout", "varlen", "descale", "deterministic", "dbias"),
+    *("append", "leftpad", "batch_idx", "fp8_kv", "shared_kv"),
+)
+"""The features that a spec has or has not, by name."""
+MAX_PAGE_SIZE = 2**20
+
+_OF_DECODE = ("page_size", "append", "rotary", "leftpad", "batch_idx", "fp8_kv", "shared_kv")
+_NOT_OF_DECODE = ("bias", "dropout", "varlen", "seqused")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +43,10 @@ class AttentionSpec:
     The order of what happens to a score: scale, softcap, score_mod, bias and ALiBi, then the mask.
 
     Attributes:
-        phase: `forward`, or `backward`: the gradients, from Q, K, V, out, lse and the gradient of out.
+        phase: `forward`; `backward`: the gradients, from Q, K, V, out, lse and the gradient of out; or `decode`: a few
+            queries of each sequence over its cache of K and V, whose used length is known on the device alone.
         dtype: element type of Q, K, V and out, and how products are computed.
-        head_dim_qk: columns of Q and K; a multiple of 8 from 16 to 512.
+        head_dim_qk: columns of Q and K; a multiple of 8 from 16 to 512 (backward 256, decode 576).
         head_dim_v: columns of V and out; likewise, need not equal head_dim_qk.
         mask: which keys a query sees.
         score_mod: a function of (score, b, h, q_idx, kv_idx), or None.
@@ -43,10 +59,19 @@ class AttentionSpec:
         dropout: probabilities are dropped at random; the share is given at the call.
         varlen: Q, K and V are packed [tokens, heads, head_dim], cut by cu_seqlens.
         seqused: each batch entry uses only the first seqused_q / seqused_k of its rows: `""`, `q`, `k` or `qk`.
-        descale: Q, K and V are multiplied by factors per (batch, key/value head); fp8 only.
+        descale: Q, K and V are multiplied by factors per (batch, key/value head); fp8 only, of `fp8_kv` K and V.
         lse: whether the natural-log log-sum-exp of each row is written too; forward only.
         deterministic: gradients must be equal bit for bit from run to run; backward only.
         dbias: whether the gradient of the bias is asked for, too; backward only.
+        page_size: keys of one page of the cache, which a table says the places of; 0: each sequence lies in one piece.
+            As all that follow, decode only.
+        append: keys and values of the newest positions come with the call, and are written into the cache.
+        rotary: Q and the appended keys are rotated by their positions, column i together with i + rotary_dim / 2
+            (`halves`) or 2 i with 2 i + 1 (`pairs`).
+        leftpad: sequences start at a row of the cache of their own.
+        batch_idx: sequences say which entry of the cache is theirs.
+        fp8_kv: the cache holds e4m3, whatever dtype Q and out are of.
+        shared_kv: V is the first head_dim_v columns of K, in the same memory: read once.
     """
 
     dtype: DType
@@ -66,14 +91,24 @@ class AttentionSpec:
     lse: bool = False
     deterministic: bool = False
     dbias: bool = False
+    page_size: int = 0
+    append: bool = False
+    rotary: Rotary = ""
+    leftpad: bool = False
+    batch_idx: bool = False
+    fp8_kv: bool = False
+    shared_kv: bool = False
     phase: Phase = "forward"
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
             raise InputError(f"phase must be one of {', '.join(PHASES)}, got {self.phase!r}")
         for name, size in (("head_dim_qk", self.head_dim_qk), ("head_dim_v", self.head_dim_v)):
-            if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % 8:
-                raise InputError(f"{name} must be a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {size}")
+            most = _MAX_HEAD_DIM[self.phase]
+            if not MIN_HEAD_DIM <= size <= most or size % 8:
+                raise InputError(
+                    f"{name} must be a multiple of 8 from {MIN_HEAD_DIM} to {most} ({self.phase} phase), got {size}"
+                )
         if self.dtype is DType.FP8 and (self.head_dim_qk % 16 or self.head_dim_v % 16):
             raise InputError(
                 f"fp8 rows are whole 16 bytes: head dimensions must be multiples of 16, got {self.head_dim_qk} and "
@@ -83,26 +118,50 @@ class AttentionSpec:
             raise InputError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         if self.seqused not in ("", "q", "k", "qk"):
             raise InputError(f"seqused must be '', 'q', 'k' or 'qk', got {self.seqused!r}")
-        if self.descale and self.dtype is not DType.FP8:
+        if self.descale and self.dtype is not DType.FP8 and not self.fp8_kv:
             raise InputError(f"descale factors belong to fp8, got {self.dtype}")
         self._check_phase()
 
     def _check_phase(self) -> None:
+        if self.phase != "backward" and (self.deterministic or self.dbias):
+            raise InputError(f"deterministic and dbias belong to the backward phase; {self.phase} always is")
+        if self.phase == "decode":
+            self._check_decode()
+            return
+        given = [name for name in _OF_DECODE if getattr(self, name)]
+        if given:
+            raise InputError(f"{', '.join(given)}: of the decode phase alone, got {self.phase}")
         if self.phase == "forward":
-            if self.deterministic or self.dbias:
-                raise InputError("deterministic and dbias belong to the backward phase; the forward always is")
             return
         if self.lse:
             raise InputError("lse is an output of the forward phase; the backward phase always reads it")
         if self.dtype is DType.FP8:
             raise InputError("fp8 has no backward phase: use fp16 or bf16 in training")
-        if max(self.head_dim_qk, self.head_dim_v) > MAX_BACKWARD_HEAD_DIM:
-            raise InputError(
-                f"the backward phase takes head dimensions up to {MAX_BACKWARD_HEAD_DIM}, got {self.head_dim_qk} and "
-                f"{self.head_dim_v}"
-            )
         if self.dbias and self.bias in ("none", "bool"):
             raise InputError(f"dbias needs a bias of numbers, got bias={self.bias}")
+
+    def _check_decode(self) -> None:
+        given = [name for name in _NOT_OF_DECODE if getattr(self, name) not in (False, "", "none")]
+        if given:
+            raise InputError(f"the decode phase has no {', '.join(given)}")
+        if not self.mask.by_formula:
+            raise InputError(
+                f"the decode phase takes masks that a formula bounds (causal, windows, ...), got {self.mask}"
+            )
+        if self.page_size < 0 or self.page_size > MAX_PAGE_SIZE:
+            raise InputError(f"page_size must be from 1 to {MAX_PAGE_SIZE}, or 0 for none, got {self.page_size}")
+        if self.rotary not in ROTARIES:
+            raise InputError(f"rotary must be one of {', '.join(map(repr, ROTARIES))}, got {self.rotary!r}")
+        if self.rotary and not self.append:
+            raise InputError("rotary turns Q and the keys that are appended: it needs append")
+        if self.dtype is DType.FP8:
+            raise InputError("decode takes Q in fp16, bf16 or fp32; of the cache alone say fp8_kv")
+        if self.fp8_kv and (self.append or self.head_dim_qk % 16 or self.head_dim_v % 16):
+            raise InputError(
+                "fp8_kv takes head dimensions of whole 16 columns, and no append: scale and write new keys first"
+            )
+        if self.shared_kv and (self.append or self.head_dim_v > self.head_dim_qk):
+            raise InputError("shared_kv: V is the first columns of K, and nothing is appended")
 
     @property
     def default_scale(self) -> float:
@@ -112,22 +171,36 @@ class AttentionSpec:
     @property
     def features(self) -> tuple[str, ...]:
         """What the spec has beyond dtype, head dimensions, mask and score_mod, in the words of `parse_problem`."""
-        flags = ("softcap", "alibi", "sinks", "dropout", "varlen", "descale", "deterministic", "dbias")
-        words = [name for name in flags if getattr(self, name)]
+        words = [name for name in FLAGS if getattr(self, name)]
         if self.bias != "none":
             words.append(f"bias={self.bias}" + ("" if self.bias_aligned else ":unaligned"))
         if self.seqused:
             words.append(f"seqused={self.seqused}")
+        if self.page_size:
+            words.append(f"page={self.page_size}")
+        if self.rotary:
+            words.append(f"rotary={self.rotary}")
         return tuple(words)
 
     def tuning_key(self) -> AttentionSpec:
         """Return the spec that tuned entries are kept under: without what never moves the winner.
 
-        lse, sinks, seqused and descale cost a few numbers per row or tile, dbias is a kernel of its own, and tensors
-        are no part of a key.
+        lse, sinks, seqused and descale cost a few numbers per row or tile, as do pages, padding and what is appended;
+        dbias is a kernel of its own, and tensors are no part of a key.
         """
         return dataclasses.replace(
-            self.without_tensors(), lse=False, sinks=False, seqused="", descale=False, bias_aligned=True, dbias=False
+            self.without_tensors(),
+            lse=False,
+            sinks=False,
+            seqused="",
+            descale=False,
+            bias_aligned=True,
+            dbias=False,
+            page_size=0,
+            append=False,
+            rotary="",
+            leftpad=False,
+            batch_idx=False,
         )
 
     def backward(self, *, deterministic: bool = False, dbias: bool = False) -> AttentionSpec:
@@ -141,6 +214,11 @@ class AttentionSpec:
     def forward(self) -> AttentionSpec:
         """Return the spec of the forward pass, with lse, whose gradients this backward one computes."""
         return dataclasses.replace(self, phase="forward", lse=True, deterministic=False, dbias=False)
+
+    @property
+    def kv_dtype(self) -> DType:
+        """The type of K and V in memory."""
+        return DType.FP8 if self.fp8_kv else self.dtype
 
     def without_tensors(self) -> AttentionSpec:
         """Return the spec without the tensors that its mask and score_mod hold."""
@@ -201,7 +279,7 @@ class Problem:
         """Return the same for so many visible pairs over all heads."""
         spec = self.spec
         # Backward: the scores again, dQ and dK over head_dim_qk; dP and dV over head_dim_v.
-        times_qk, times_v = (1, 1) if spec.phase == "forward" else (3, 2)
+        times_qk, times_v = (3, 2) if spec.phase == "backward" else (1, 1)
         return 2 * pairs * (times_qk * spec.head_dim_qk + times_v * spec.head_dim_v)
 
     def lengths(self) -> tuple[tuple[int, int], ...]:
@@ -221,6 +299,10 @@ class Problem:
         s, spec = self.shape, self.spec
         dims = spec.head_dim_qk + spec.head_dim_v
         rows_q, rows_k = (sum(lengths) for lengths in zip(*self.lengths(), strict=True)) if s.batch else (0, 0)
+        if spec.phase == "decode":
+            rows = s.nheads_q * rows_q
+            cache = s.nheads_kv * rows_k * (spec.head_dim_qk if spec.shared_kv else dims)
+            return dims * rows * spec.dtype.itemsize + 4 * rows * spec.lse + cache * spec.kv_dtype.itemsize
         inputs = s.nheads_q * rows_q * spec.head_dim_qk + s.nheads_kv * rows_k * dims
         if spec.phase == "backward":
             # Each input has a gradient of its size; out and its gradient are read, and lse.

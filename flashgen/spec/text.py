@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import re
+import typing
 
 from flashgen.errors import InputError
 from flashgen.spec.dtypes import DType, parse_dtype
 from flashgen.spec.masks import Full, Mask
 from flashgen.spec.masks.text import MASK_NAMES, parse_mask
 from flashgen.spec.mods import ModFunction, parse_mod
-from flashgen.spec.problem import BIASES, PHASES, AttentionSpec, Bias, Phase, Problem, Shape
+from flashgen.spec.problem import BIASES, FLAGS, PHASES, ROTARIES, AttentionSpec, Bias, Phase, Problem, Rotary, Shape
 
 _NUMBERS = {
     "b": "batch",
@@ -24,10 +25,13 @@ _NUMBERS = {
     "d": "head dimension of Q and K",
     "dv": "head dimension of V (default: d)",
 }
-_FLAGS = ("softcap", "alibi", "sinks", "dropout", "varlen", "descale", "deterministic", "dbias")
 _BIASES: dict[str, Bias] = {name: name for name in BIASES if name != "none"}
 _PHASES: dict[str, Phase] = {name: name for name in PHASES}
-FEATURE_WORDS = (*_FLAGS, f"bias={'|'.join(_BIASES)}[:unaligned]", "seqused=q|k|qk")
+_ROTARIES: dict[str, Rotary] = {name: name for name in ROTARIES if name}
+_VALUED = ("bias", "seqused", "page", "rotary")
+FEATURE_WORDS = (
+    *FLAGS, f"bias={'|'.join(_BIASES)}[:unaligned]", "seqused=q|k|qk", "page=SIZE", f"rotary={'|'.join(_ROTARIES)}"
+)  # fmt: skip
 
 # A word that is an operator, or that an operator leads or ends, belongs to its neighbours: `causal & document`.
 _JOINED = re.compile(r"\s*([&|])\s*|(~)\s+")
@@ -83,19 +87,20 @@ def with_features(spec: AttentionSpec, words: collections.abc.Iterable[str]) -> 
         raise InputError(f"bias={given['bias'][:60]!r}: allowed are {', '.join(_BIASES)}, and :unaligned after it")
     if "seqused" in given and not given["seqused"]:
         raise InputError("seqused= takes q, k or qk")
+    if given.get("rotary", "halves") not in _ROTARIES:
+        raise InputError(f"rotary={given['rotary'][:60]!r}: allowed are {', '.join(_ROTARIES)}")
+    page_size = given.get("page", "0")
+    if not (page_size.isascii() and page_size.isdecimal()) or len(page_size) > 9 or given.get("page") == "0":
+        raise InputError(f"page={page_size[:60]!r}: takes a whole number of at least 1")
+    flags: dict[str, typing.Any] = {name: name in given for name in FLAGS}
     return dataclasses.replace(
         spec,
-        softcap="softcap" in given,
-        alibi="alibi" in given,
-        sinks="sinks" in given,
-        dropout="dropout" in given,
-        varlen="varlen" in given,
-        descale="descale" in given,
-        deterministic="deterministic" in given,
-        dbias="dbias" in given,
         bias=_BIASES.get(kind, "none"),
         bias_aligned=not alignment,
         seqused=given.get("seqused", ""),
+        page_size=int(page_size),
+        rotary=_ROTARIES.get(given.get("rotary", ""), ""),
+        **flags,
     )
 
 
@@ -126,7 +131,7 @@ def split_words(text: str) -> list[str]:
 
 
 def _is_feature(word: str) -> bool:
-    return word in _FLAGS or word.startswith(("bias=", "seqused="))
+    return word in FLAGS or word.startswith(tuple(f"{name}=" for name in _VALUED))
 
 
 def _is_mask(word: str) -> bool:

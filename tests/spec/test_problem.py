@@ -69,7 +69,7 @@ def test_nothing_to_do_counts_nothing() -> None:
 @pytest.mark.parametrize("size", [0, 8, 12, 15, 17, 250, 520, -16])
 @pytest.mark.parametrize("name", ["head_dim_qk", "head_dim_v"])
 def test_head_dimensions_outside_the_rule(name: str, size: int) -> None:
-    with pytest.raises(InputError, match=f"{name} must be a multiple of 8 from 16 to 512, got {size}"):
+    with pytest.raises(InputError, match=f"{name} must be a multiple of 8 from 16 to 512 .forward phase., got {size}"):
         dataclasses.replace(spec_of(), **{name: size})
 
 
