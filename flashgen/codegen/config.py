@@ -47,7 +47,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 # Numbers of the launch alone.
-_AT_REST = {"head_group": 1, "tail_heads": 0}
+_AT_REST: dict[str, dict[str, Scalar]] = {
+    "triton/forward": {"head_group": 1},
+    "gluon/hopper_forward": {"head_group": 1, "tail_heads": 0},
+    "triton/backward": {"head_group": 1},
+    "triton/decode": {"schedule": "even", "programs": 1, "min_blocks": 1},
+}
 Config = typing.TypeVar("Config", bound="KernelConfig")
 
 
@@ -93,7 +98,7 @@ class KernelConfig:
 
     def kernel(self: Config) -> Config:
         """Return the config with what only a launch reads at rest: configs equal in it share machine code."""
-        numbers = {name: value for name, value in _AT_REST.items() if hasattr(self, name)}
+        numbers: dict[str, typing.Any] = {**_AT_REST[self.template]}
         return dataclasses.replace(self, **numbers)
 
     def as_dict(self) -> dict[str, Scalar]:
@@ -273,9 +278,9 @@ class TritonDecodeConfig(KernelConfig):
         loads: `pointer` (any GPU, any strides, any pages) or `descriptor` (tensor descriptors: bulk copies on Hopper
             and later, of caches whose pages hold whole tiles).
         head_tiles: as of the forward kernel.
-        schedule: how keys are divided among programs. `even` gives each as many tiles as any other, across sequences and
-            heads; `aligned` cuts the keys of every tile of rows into as many parts as fill the GPU, so that programs
-            with the same keys read them at the same time. Like the next two a run-time number that costs no compile.
+        schedule: how keys are divided among programs. `even` gives each as many tiles as any other, across sequences
+            and heads; `aligned` cuts the keys of every tile of rows into as many parts as fill the GPU, so that
+            programs with the same keys read them at the same time. Like the next two, it costs no compile.
         programs: how many programs there are for each multiprocessor.
         min_blocks: key tiles that a part has at least.
     """
@@ -294,9 +299,6 @@ class TritonDecodeConfig(KernelConfig):
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
         return ((self.block_m, self.block_n),)
-
-    def kernel(self: Config) -> Config:
-        return dataclasses.replace(self, schedule="even", programs=1, min_blocks=1)
 
 
 _CONFIG_TYPES: dict[str, type[KernelConfig]] = {

@@ -100,8 +100,8 @@ def test_features_that_do_not_exist(change: dict[str, object], message: str) -> 
 
 
 def test_unknown_phase() -> None:
-    with pytest.raises(InputError, match="phase must be one of forward, backward, got 'decode'"):
-        AttentionSpec(dtype=DType.BF16, head_dim_qk=64, head_dim_v=64, phase="decode")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="phase must be one of forward, backward, decode, got 'prefill'"):
+        AttentionSpec(dtype=DType.BF16, head_dim_qk=64, head_dim_v=64, phase="prefill")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["batch", "seqlen_q", "seqlen_k"])
