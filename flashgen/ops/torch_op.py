@@ -30,7 +30,7 @@ _NUM_TENSORS = len(Tensors._fields)
 # Lengths change from call to call in some programs: past this many kinds of call, the memo starts anew.
 _MEMO_LIMIT = 8192
 _memo: dict[tuple[object, ...], Runner] = {}
-_recent = RecentRunners()
+_recent: RecentRunners[Runner] = RecentRunners()
 
 
 def run_forward_op(
@@ -85,7 +85,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
         q, k, v = (t.clone(memory_format=torch.contiguous_format) if t.data_ptr() & 15 else t for t in (q, k, v))
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     is_plain = tensors is NO_TENSORS
-    if is_plain and (runner := _recent.find(q, k, v, options)) is not None:
+    if is_plain and (runner := _recent.find((q, k, v), options)) is not None:
         return runner(q, k, v, tensors, addresses)
     dtype = q.dtype
     key = (
@@ -102,13 +102,13 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
         _memo[key] = runner
     elif is_plain:
         # Its second call: there will be more.
-        _recent.keep(q, k, v, options, runner)
+        _recent.keep((q, k, v), options, runner)
     return runner(q, k, v, tensors, addresses)
 
 
 def known_runner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Runner | None:
     """Return what runs calls like this one, of nothing but Q, K and V, once there was more than one."""
-    return _recent.find(q, k, v, options)
+    return _recent.find((q, k, v), options)
 
 
 def kinds_of(tensors: Tensors) -> tuple[object, ...]:
