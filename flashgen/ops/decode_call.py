@@ -6,6 +6,7 @@ import typing
 
 import torch
 
+
 class DecodeTensors(typing.NamedTuple):
     """The tensors of a call besides Q and the caches, in the order of the operator; `Extras` says what each is.
 

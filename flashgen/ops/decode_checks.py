@@ -8,6 +8,7 @@ import torch
 
 from flashgen.errors import InputError
 from flashgen.launch import readable
+from flashgen.measure.decode_reference import turns_each_query
 from flashgen.ops.call import heads_first
 from flashgen.ops.checks import ORDERS, check_layout, check_numbers, dtype_of, score_mod_of
 from flashgen.ops.decode_call import DecodeOptions, DecodeTensors
@@ -149,8 +150,8 @@ def _shape_of(q: torch.Tensor, k_cache: torch.Tensor, tensors: DecodeTensors, op
         rows *= table.shape[1]
     elif tensors.cache_batch_idx is None and places < batch:
         raise InputError(
-            f"the caches must have an entry for each sequence, got {places} of a batch of {batch}; give cache_batch_idx "
-            "or page_table where entries are shared"
+            f"the caches must have an entry for each sequence, got {places} of a batch of {batch}; give "
+            "cache_batch_idx or page_table where entries are shared"
         )
     return Shape(batch=batch, seqlen_q=seqlen_q, seqlen_k=rows, nheads_q=nheads_q, nheads_kv=nheads_kv)
 
@@ -165,9 +166,7 @@ def _check_places(q: torch.Tensor, k_cache: torch.Tensor, shape: Shape, tensors:
         raise InputError("page_table and cache_batch_idx both say where a sequence's keys are: give one of them")
 
 
-def _check_int32(
-    name: str, tensor: torch.Tensor, q: torch.Tensor, sizes: tuple[int | None, ...], meaning: str
-) -> None:
+def _check_int32(name: str, tensor: torch.Tensor, q: torch.Tensor, sizes: tuple[int | None, ...], meaning: str) -> None:
     fits = tensor.dim() == len(sizes) and all(
         want in (None, got) for want, got in zip(sizes, tensor.shape, strict=True)
     )
@@ -216,7 +215,8 @@ def _check_new(
         raise InputError(f"k and v are appended together: {missing[0]} is missing")
     if k_cache.dtype == _FP8:
         raise InputError(
-            "nothing is appended to caches of float8: scale, convert and write the new keys first, then leave k and v out"
+            "nothing is appended to caches of float8: scale, convert and write the new keys first, and leave k and v "
+            "out"
         )
     for name, (tensor, cache) in given.items():
         assert tensor is not None
@@ -313,9 +313,7 @@ def check_contents(
 def _check_positions(problem: Problem, tensors: DecodeTensors, lengths: typing.Sequence[int], new: int) -> None:
     if tensors.rotary_cos is None:
         return
-    # Under any other mask all queries have the position of the first.
-    counting = problem.spec.mask != parse_mask("full")
-    past = max(new, problem.shape.seqlen_q if counting else 1)
+    past = max(new, problem.shape.seqlen_q if turns_each_query(problem.spec.mask) else 1)
     longest = max(lengths, default=0)
     if longest + past > len(tensors.rotary_cos):
         raise InputError(

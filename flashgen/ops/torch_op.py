@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from flashgen.ops.call import NO_TENSORS, Options, Tensors
 from flashgen.ops.checks import check_layout, tf32_allowed
 from flashgen.ops.cpu import forward_cpu
+from flashgen.ops.decode_call import DecodeTensors
 from flashgen.ops.recent import RecentRunners
 from flashgen.ops.runtime import Outputs, Runner, prepare, say_copied
 from flashgen.registry import generation
@@ -52,7 +53,7 @@ def split_arguments(rest: tuple[typing.Any, ...]) -> tuple[Tensors, Options]:
     return tensors._replace(captures=tuple(tensors.captures)), Options(*rest[_NUM_TENSORS:])
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> bool:
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors | DecodeTensors) -> bool:
     """Return whether no subclass, mode, function transform or profiler wants to see an operator on these tensors."""
     return (
         type(q) is torch.Tensor
@@ -66,7 +67,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -
     )
 
 
-def _all_plain(tensors: Tensors) -> bool:
+def _all_plain(tensors: Tensors | DecodeTensors) -> bool:
     # Parameters are plain enough: nothing is dispatched on them.
     kinds = (torch.Tensor, torch.nn.Parameter)
     return all(t is None or type(t) in kinds for t in tensors[:-1]) and all(type(t) in kinds for t in tensors.captures)
