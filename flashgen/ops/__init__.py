@@ -7,7 +7,7 @@ from flashgen.ops.explaining import explain
 from flashgen.ops.functional import attention
 from flashgen.ops.kvcache import attention_with_kvcache, explain_with_kvcache
 from flashgen.ops.varlen import attention_varlen
-from flashgen.ops.warming import run_backward, run_problem, warmup
+from flashgen.ops.warming import run_backward, run_decode_call, run_problem, warmup
 
 __all__ = [
     "attention",
@@ -17,6 +17,7 @@ __all__ = [
     "explain_with_kvcache",
     "interpreting",
     "run_backward",
+    "run_decode_call",
     "run_problem",
     "warmup",
 ]

@@ -6,6 +6,9 @@ import typing
 
 import torch
 
+from flashgen.ops.call import Layout, heads_first
+from flashgen.spec import Extras, Problem
+
 
 class DecodeTensors(typing.NamedTuple):
     """The tensors of a call besides Q and the caches, in the order of the operator; `Extras` says what each is.
@@ -26,6 +29,14 @@ class DecodeTensors(typing.NamedTuple):
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
     captures: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, extras: Extras, layout: Layout) -> DecodeTensors:
+        """Return the tensors of a call whose extras are known, what is appended in a caller's layout."""
+        found = cls(**{name: getattr(extras, name) for name in cls._fields})
+        if found.k_new is None or found.v_new is None:
+            return found
+        return found._replace(k_new=heads_first(found.k_new, layout), v_new=heads_first(found.v_new, layout))
 
 
 class DecodeOptions(typing.NamedTuple):
@@ -56,3 +67,23 @@ class DecodeOptions(typing.NamedTuple):
     check: bool
     config: str
     registry: str
+
+    @classmethod
+    def of(
+        cls, problem: Problem, extras: Extras, *, layout: Layout, config: str = "", registry: str = ""
+    ) -> DecodeOptions:
+        """Return the options of a call whose problem and extras are known."""
+        spec = problem.spec
+        return cls(
+            num_splits=extras.num_splits,
+            mask=str(spec.mask),
+            score_mod="" if spec.score_mod is None else str(spec.score_mod),
+            softmax_scale=extras.softmax_scale,
+            softcap=extras.softcap,
+            rotary_interleaved=spec.rotary == "pairs",
+            layout=layout,
+            return_lse=spec.lse,
+            check=False,
+            config=config,
+            registry=registry,
+        )

@@ -41,7 +41,7 @@ def decode_problem(
     _check_places(q, k_cache, shape, tensors)
     fp8 = k_cache.dtype == _FP8
     _check_new(q, k_cache, v_cache, shape, tensors, options)
-    _check_rotary(q, shape, tensors)
+    _check_rotary(q, tensors, options)
     if tensors.k_descale is not None and not fp8:
         raise InputError(f"k_descale and v_descale belong to caches of {_FP8}, got {k_cache.dtype}")
     mask = parse_mask(options.mask)
@@ -245,7 +245,7 @@ def _check_new(
         raise InputError("q must have at least one row where keys are appended, got seqlen_q 0")
 
 
-def _check_rotary(q: torch.Tensor, shape: Shape, tensors: DecodeTensors) -> None:
+def _check_rotary(q: torch.Tensor, tensors: DecodeTensors, options: DecodeOptions) -> None:
     cos, sin = tensors.rotary_cos, tensors.rotary_sin
     if cos is None and sin is None:
         return
@@ -267,9 +267,10 @@ def _check_rotary(q: torch.Tensor, shape: Shape, tensors: DecodeTensors) -> None
         raise InputError(
             f"rotary_dim, twice the columns of rotary_cos, must be from 2 to head_dim {q.shape[-1]}, got {rotary_dim}"
         )
-    if cos.shape[0] < shape.seqlen_k:
+    seqlen_new = heads_first(tensors.k_new, options.layout).shape[2]
+    if cos.shape[0] < seqlen_new:
         raise InputError(
-            f"rotary_cos and rotary_sin must reach every position of the cache, {shape.seqlen_k}, got {cos.shape[0]}"
+            f"rotary_cos and rotary_sin must have a row for each position, got {cos.shape[0]} and {seqlen_new} new keys"
         )
 
 

@@ -15,7 +15,7 @@ from flashgen.ops.call import decode_config, heads_first
 from flashgen.ops.cpu import INTERPRETED_AS, is_interpreting, say_eager
 from flashgen.ops.decode_call import DecodeOptions, DecodeTensors
 from flashgen.ops.decode_checks import check_contents, check_in_place, decode_extras, decode_problem
-from flashgen.ops.decode_runtime import nothing_to_decode, run_unseen_decode
+from flashgen.ops.decode_runtime import nothing_to_decode, readable_inputs, run_unseen_decode
 from flashgen.ops.runtime import Outputs, choose, negated
 from flashgen.spec import Extras, Problem
 
@@ -40,6 +40,9 @@ def decode_cpu(
         check_contents(q, k_cache, problem, tensors, options)
     if nothing_to_decode(problem):
         return run_unseen_decode(q, k_cache, v_cache, tensors, problem=problem, options=options)
+    if is_interpreting():
+        # As on a GPU: tensors that no kernel can read in place are copied.
+        q, tensors = readable_inputs(q, tensors)
     extras = decode_extras(problem, tensors, options)
     views = {name: heads_first(t, options.layout) for name, t in (("q", q), ("k", k_cache), ("v", v_cache))}
     if is_interpreting():

@@ -98,6 +98,15 @@ def _movable(q: torch.Tensor, tensors: DecodeTensors) -> dict[str, torch.Tensor]
     return {name: t for name, t in given.items() if t is not None}
 
 
+def readable_inputs(q: torch.Tensor, tensors: DecodeTensors) -> tuple[torch.Tensor, DecodeTensors]:
+    """Return Q and the tensors of a call, those that no kernel can read in place copied."""
+    dense = {
+        name: t.clone(memory_format=torch.contiguous_format) if _unreadable(t) else t
+        for name, t in _movable(q, tensors).items()
+    }
+    return dense["q"], tensors._replace(k_new=dense.get("k"), v_new=dense.get("v"))
+
+
 def _unreadable(tensor: torch.Tensor) -> bool:
     return not readable(tensor) or tensor.data_ptr() % 16 != 0
 
@@ -112,12 +121,8 @@ def _with_inputs(extras: Extras, options: DecodeOptions) -> DecodeRunner:
     prepared: list[DecodeRunner] = []
 
     def run(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tensors: DecodeTensors) -> Outputs:
-        dense = {
-            name: t.clone(memory_format=torch.contiguous_format) if _unreadable(t) else t
-            for name, t in _movable(q, tensors).items()
-        }
-        q = negated(dense["q"]) if negative else dense["q"]
-        tensors = tensors._replace(k_new=dense.get("k"), v_new=dense.get("v"))
+        q, tensors = readable_inputs(q, tensors)
+        q = negated(q) if negative else q
         if not prepared:
             prepared.append(prepare_decode(q, k_cache, v_cache, tensors, positive))
         return prepared[0](q, k_cache, v_cache, tensors)

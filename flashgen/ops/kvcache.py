@@ -125,8 +125,8 @@ def attention_with_kvcache(
     other strides are multiples of 8 elements and their storage is 16-byte aligned.
 
     Without `check` nobody looks at the numbers in cache_seqlens, page_table, cache_batch_idx and cache_leftpad, for
-    they are on the device: numbers outside the caches make the kernel read, and where keys are appended write, memory
-    that is not theirs.
+    they are on the device: numbers outside the caches, or positions outside the rotary tables, make the kernel read,
+    and where keys are appended write, memory that is not theirs.
 
     Args:
         q: [batch, seqlen_q, nheads_q, head_dim_qk] (`bshd`) or [batch, nheads_q, seqlen_q, head_dim_qk] (`bhsd`);
