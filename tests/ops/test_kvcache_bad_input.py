@@ -45,7 +45,7 @@ WRONG: list[tuple[dict[str, typing.Any], str]] = [
     ({"q": zeros(2, 1, 6, 32, dtype=torch.float64)}, "the caches must have the dtype of q"),
     ({"q": zeros(2, 1, 5, 32)}, "nheads_q must be a positive multiple of nheads_kv, got 5 and 2"),
     ({"q": zeros(3, 1, 6, 32), "cache_seqlens": whole(1, 2, 3)}, "an entry for each sequence, got 2 of a batch of 3"),
-    ({"q": zeros(2, 1, 6, 32).to("meta")}, "must be on the device of q, meta, got cpu"),
+    ({"v_cache": zeros(2, 24, 2, 32).to("meta")}, "v_cache must be on the device of q, cpu, got meta"),
     ({"k_cache": zeros(2, 24, 32, 2).mT, "v_cache": zeros(2, 24, 32, 2).mT}, "k_cache must be readable in place"),
     ({"v_cache": zeros(2, 24, 2, 36)[..., :32]}, "v_cache must be readable in place"),
     ({"v_cache": zeros(2, 24, 2, 40)[..., 4:36]}, "v_cache must be readable in place"),

@@ -6,6 +6,7 @@ import typing
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashgen
@@ -84,12 +85,12 @@ def test_fakes_have_the_strides_of_what_comes(layout: Layout) -> None:
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_step_compiles_to_one_graph(name: str) -> None:
     def step(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, **added: torch.Tensor
+        q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, **added: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = flashgen.attention_with_kvcache(
-            q * 2, k, v, cache_seqlens=lengths, return_lse=True, **added, **TURN, **FEATURES[name]
+            q * 2, k_cache, v_cache, cache_seqlens=lengths, return_lse=True, **added, **TURN, **FEATURES[name]
         )
-        return out + 1, lse + k.sum()
+        return out + 1, lse + k_cache.sum()
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     q, k, v = given()
@@ -111,19 +112,19 @@ def test_a_length_that_changes_compiles_once_more_at_most() -> None:
     assert counter.frame_count <= 2
 
 
-def test_what_only_reads_is_not_copied() -> None:
-    copies: list[torch.Size] = []
+@pytest.mark.parametrize("appends", [False, True])
+def test_only_what_is_written_to_is_functionalized(appends: bool) -> None:
+    graphs: list[str] = []
 
-    class Copies(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: typing.Any, types: object, args: typing.Any = (), kwargs: typing.Any = None
-        ) -> object:
-            if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
-                copies.append(args[0].shape)
-            return func(*args, **(kwargs or {}))
+    def keep(module: torch.fx.GraphModule, inputs: typing.Sequence[torch.Tensor]) -> typing.Any:
+        graphs.append(str(module.graph))
+        return module.forward
 
-    compiled = torch.compile(flashgen.attention_with_kvcache, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(flashgen.attention_with_kvcache, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
     q, k, v = given()
-    with Copies():
-        compiled(q, k, v, cache_seqlens=LENGTHS)
-    assert k.shape not in copies
+    with torch.no_grad():
+        compiled(q, k, v, cache_seqlens=LENGTHS, **(new() if appends else {}))
+    (graph,) = graphs
+    assert "attention_decode" in graph
+    assert ("auto_functionalized" in graph) == appends
+    assert ("attention_decode_append" in graph) == appends
