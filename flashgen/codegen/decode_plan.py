@@ -17,8 +17,14 @@ from flashgen.spec.masks import SlidingWindow
 
 # Sequences whose lengths a warp looks at together.
 _SEQUENCES = 32
-# Partial sums of which loads are under way together.
-_MERGED = 4
+# Partial sums whose statistics are read together.
+_MERGED = 32
+# Registers of a thread for partial sums that are read together, and for the rest of the tile that they are added to.
+_MERGE_REGISTERS = 64
+_MOST_TOGETHER = 8
+_WARP = 32
+# Keys of the call in one step: few, as there are few.
+_NEW_KEYS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +74,14 @@ class DecodePlan(KernelPlan):
         return ("k", "v") if self.spec.append else ()
 
     @property
-    def appended(self) -> tuple[tuple[str, tuple[HeadTile, ...], str], ...]:
-        """What is appended to, in tiles of columns, and the columns of all of them."""
-        return (("k", self.qk_tiles, "HEAD_DIM_QK"), ("v", self.v_tiles, "HEAD_DIM_V"))
+    def appended(self) -> tuple[tuple[str, tuple[HeadTile, ...]], ...]:
+        """What is appended to, in tiles of columns."""
+        return (("k", self.qk_tiles), ("v", self.v_tiles))
+
+    @property
+    def cached(self) -> str:
+        """How many keys of a sequence the cache holds when the kernel starts."""
+        return "cached" if self.spec.append else "SEQLEN_K"
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -111,18 +122,29 @@ class DecodePlan(KernelPlan):
         """Compile-time arguments, after them."""
         pages = ("PAGE_SIZE",) if self.spec.page_size else ()
         blocks = [tile.block for tile in (*self.qk_tiles, *self.v_tiles)]
-        numbers = ("BLOCK_M", "BLOCK_N", "BLOCK_Z", "MERGED", "NUM_STAGES", *pages)
+        new = ("BLOCK_NEW",) if self.spec.append else ()
+        numbers = ("BLOCK_M", "BLOCK_N", *new, "BLOCK_Z", "MERGED", "TOGETHER", "SLICES", "NUM_STAGES", *pages)
         return ("HEAD_DIM_QK", "HEAD_DIM_V", *blocks, *numbers)
 
     @property
     def loop_constants(self) -> tuple[str, ...]:
-        """Compile-time arguments of the loop over the keys."""
-        return tuple(name for name in self.constants if name not in ("BLOCK_M", "BLOCK_Z", "MERGED", "NUM_STAGES"))
+        """Compile-time arguments of the loop over the keys of the cache."""
+        pages = ("PAGE_SIZE",) if self.spec.page_size else ()
+        return (*self._columns, "BLOCK_N", *pages)
+
+    @property
+    def new_constants(self) -> tuple[str, ...]:
+        """Compile-time arguments of the loop over the keys of the call."""
+        return (*self._columns, "BLOCK_NEW")
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return ("HEAD_DIM_QK", "HEAD_DIM_V", *(tile.block for tile in (*self.qk_tiles, *self.v_tiles)))
 
     @property
     def value_constants(self) -> tuple[str, ...]:
         """Compile-time arguments of what works on sums alone."""
-        return ("HEAD_DIM_V", *(tile.block for tile in self.v_tiles), "BLOCK_M", "MERGED")
+        return ("HEAD_DIM_V", *(tile.block for tile in self.v_tiles), "BLOCK_M", "MERGED", "TOGETHER")
 
     @property
     def part_arguments(self) -> tuple[str, ...]:
@@ -137,32 +159,44 @@ class DecodePlan(KernelPlan):
 
     @property
     def loop_arguments(self) -> tuple[tuple[str, str], ...]:
-        """What the loop over the keys takes, by its name there, and what the kernel gives it."""
+        """What the loop over the keys of the cache takes, by its name there, and what the kernel gives it."""
         spec = self.spec
-        pairs = [(f"{x}_ptr", f"{x}_head") for x in self.cache_pointers if not self.descriptor]
         if self.descriptor:
-            pairs += [
-                (f"{x}{tile.suffix}_desc", f"{x}{tile.suffix}_desc") for x, tiles in self._cache_tiles for tile in tiles
-            ]
-            pairs += [] if spec.page_size else [("entry", "entry")]
-            pairs += [("off_hkv", "off_hkv")]
+            names = [f"{x}{tile.suffix}_desc" for x, tiles in self._cache_tiles for tile in tiles]
+            pairs = [(name, name) for name in (*names, *(() if spec.page_size else ("entry",)), "off_hkv")]
         else:
             axes = "zn" if spec.page_size else "n"
+            pairs = [(f"{x}_ptr", f"{x}_head") for x in self.cache_pointers]
             pairs += [(f"stride_{x}{axis}",) * 2 for x in self.cache_pointers for axis in axes]
         pairs += [("page_table_ptr", "pages")] if spec.page_size else []
-        pairs += [(f"{x}_new_ptr", f"{x}_new") for x in self.new_tensors]
-        pairs += [(f"stride_{x}_new_n",) * 2 for x in self.new_tensors]
-        pairs += [("cached", "cached")] if spec.append else []
-        pairs += [("pad", "pad")] if spec.leftpad else []
-        rotary = ("rotary_cos_ptr", "rotary_sin_ptr", "step_rotary", "rotary_dim") if spec.rotary else ()
-        pairs += [(name, name) for name in rotary]
-        pairs += [("off_z", "off_z"), ("off_h", "heads[:, None]"), ("q_idx", "offs_m[:, None]")]
-        pairs += [("SEQLEN_Q", "SEQLEN_Q"), ("SEQLEN_K", "SEQLEN_K")]
-        pairs += [("qk_scale", "scale" if spec.descale else "qk_scale")]
-        pairs += [("softcap", "softcap")] if spec.softcap else []
-        pairs += [("slope", "slope[:, None]")] if spec.alibi else []
-        pairs += [(name, name) for name in (*self.score_arguments, *self.mask_arguments)]
-        return tuple(pairs)
+        return (*pairs, *self._score_pairs)
+
+    @property
+    def new_arguments(self) -> tuple[tuple[str, str], ...]:
+        """The same of the loop over the keys of the call."""
+        rotary = ("rotary_cos_ptr", "rotary_sin_ptr", "step_rotary", "rotary_dim") if self.spec.rotary else ()
+        return (
+            *((f"{x}_new_ptr", f"{x}_new") for x in self.new_tensors),
+            *((f"stride_{x}_new_n",) * 2 for x in self.new_tensors),
+            *((name, name) for name in rotary),
+            *self._score_pairs,
+        )
+
+    @property
+    def _score_pairs(self) -> tuple[tuple[str, str], ...]:
+        spec = self.spec
+        names = [*(["cached"] if spec.append else []), *(["pad"] if spec.leftpad else [])]
+        return (
+            *((name, name) for name in (*names, "off_z")),
+            ("off_h", "heads[:, None]"),
+            ("q_idx", "offs_m[:, None]"),
+            ("SEQLEN_Q", "SEQLEN_Q"),
+            ("SEQLEN_K", "SEQLEN_K"),
+            ("qk_scale", "scale" if spec.descale else "qk_scale"),
+            *((("softcap", "softcap"),) if spec.softcap else ()),
+            *((("slope", "slope[:, None]"),) if spec.alibi else ()),
+            *((name, name) for name in (*self.score_arguments, *self.mask_arguments)),
+        )
 
     @property
     def descriptor_row(self) -> str:
@@ -189,10 +223,11 @@ class DecodePlan(KernelPlan):
             ("triton/parts/mask", True),
             ("triton/parts/kv_bounds", True),
             ("triton/parts/sequence_parts", True),
-            ("triton/parts/cache_rows", bool(self.cache_pointers)),
+            ("triton/parts/cache_rows", bool(self.cache_pointers or spec.page_size)),
             ("triton/parts/load_rows", not (self.descriptor and spec.rotary and not spec.append)),
             ("triton/parts/load_rotated", bool(spec.rotary)),
             ("triton/parts/store_rows", True),
+            ("triton/parts/write_out", True),
             ("triton/parts/partial_sums", True),
             ("mods/score_softcap", spec.softcap),
             ("mods/score_function", spec.score_mod is not None),
@@ -265,7 +300,7 @@ def make_decode_plan(spec: AttentionSpec, config: TritonDecodeConfig) -> DecodeP
         qk_tiles=name_tiles("BLOCK_DQK", "HEAD_DIM_QK", widths_qk),
         v_tiles=name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v),
         single_loop=False,
-        one_loop=config.loops == "single" and not spec.append,
+        one_loop=config.loops == "single",
         mask=mask,
         score_arguments=mod_arguments(score, SCORE_PREFIX) if score else (),
         score_lines=mod_lines(score, SCORE_PREFIX) if score else (),
@@ -281,5 +316,17 @@ def decode_constants(spec: AttentionSpec, config: TritonDecodeConfig) -> dict[st
     for block, widths in zip(("BLOCK_DQK", "BLOCK_DV"), tile_widths(spec, config.head_tiles), strict=True):
         for suffix, width in zip(("", "_1"), widths, strict=False):
             values[f"{block}{suffix}"] = width
-    numbers = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "NUM_STAGES": config.num_stages}
-    return {**values, **numbers, "BLOCK_Z": _SEQUENCES, "MERGED": _MERGED, "PAGE_SIZE": spec.page_size}
+    columns = sum(tile_widths(spec, config.head_tiles)[1])
+    registers = max(1, config.block_m * columns // (_WARP * config.num_warps))
+    return {
+        **values,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_NEW": min(config.block_n, _NEW_KEYS),
+        "BLOCK_Z": _SEQUENCES,
+        "MERGED": _MERGED,
+        "TOGETHER": max(1, min(_MOST_TOGETHER, _MERGE_REGISTERS // registers)),
+        "SLICES": max(1, registers // _MERGE_REGISTERS),
+        "NUM_STAGES": config.num_stages,
+        "PAGE_SIZE": spec.page_size,
+    }
