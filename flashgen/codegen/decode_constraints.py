@@ -66,6 +66,15 @@ def head_tiles_matter(config: TritonDecodeConfig, spec: AttentionSpec, target: G
     return None
 
 
+def shared_tiles_match(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Tiles of K are those of V, too, where V is the first columns of K."""
+    widths_qk, widths_v = tile_widths(spec, config.head_tiles)
+    if spec.shared_kv and widths_qk[: len(widths_v)] != widths_v:
+        found = " + ".join(map(str, widths_qk))
+        return f"head_tiles={config.head_tiles} cuts K into {found} columns, V is the first {spec.head_dim_v} of them"
+    return None
+
+
 def warps_split_tile(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """Every warp has 16 x 8 scores of its own; not so for fp32, where many warps keep a tile in registers."""
     if spec.dtype is not DType.FP32 and config.block_m * config.block_n < _SCORES_PER_WARP * config.num_warps:
@@ -156,6 +165,7 @@ DECODE_CONSTRAINTS: dict[str, Constraint] = {
         launch_within_limits,
         keys_fill_operands,
         head_tiles_matter,
+        shared_tiles_match,
         warps_split_tile,
         fp32_tile_limited,
         descriptor_needs_tma,

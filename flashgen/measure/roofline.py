@@ -7,10 +7,17 @@ import dataclasses
 import math
 import typing
 
-from flashgen.codegen.config import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import (
+    HopperForwardConfig,
+    KernelConfig,
+    TritonBackwardConfig,
+    TritonDecodeConfig,
+    TritonForwardConfig,
+)
 from flashgen.codegen.head_tiles import head_tiles
 from flashgen.errors import ConfigError, InputError
 from flashgen.measure.backward_model import predict_backward_us
+from flashgen.measure.decode_model import predict_decode_us
 from flashgen.measure.hopper_model import predict_hopper_us
 from flashgen.measure.occupancy import (
     CLOCK_HZ,
@@ -98,7 +105,7 @@ def predict_us(
     target. Counted: blocks per multiprocessor, wave quantisation, matrix, exp2 and vector work of one step over the
     keys and how much of them overlaps, K and V from L2, load latency hidden by the stages, bytes through device memory.
     Of a backward config, that of each of its kernels, see `predict_backward_us`; of a forward one for Hopper, see
-    `predict_hopper_us`.
+    `predict_hopper_us`; of a decode one, see `predict_decode_us`.
 
     Args:
         problem: what is computed.
@@ -117,7 +124,10 @@ def predict_us(
             return predict_hopper_us(problem, target, config, registers, smem_bytes)
         case TritonBackwardConfig():
             return predict_backward_us(problem, target, config, registers, smem_bytes)
-    known = ", ".join(t.template for t in (TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig))
+        case TritonDecodeConfig():
+            return predict_decode_us(problem, target, config, registers, smem_bytes)
+    types = (TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig, TritonDecodeConfig)
+    known = ", ".join(known_type.template for known_type in types)
     raise ConfigError(f"the model knows {known}, got {config.template}")
 
 

@@ -49,6 +49,7 @@ REFUSED = {
     "launch_within_limits": (config(min_blocks=0), spec(), "sm_90", "min_blocks=0 is less than 1"),
     "keys_fill_operands": (config(block_n=16), spec("d=128 fp8_kv"), "sm_90", "block_n=16 is less than 32, with K"),
     "head_tiles_matter": (config(head_tiles=2), spec(), "sm_90", "128 and 128 are no narrower"),
+    "shared_tiles_match": (config(), spec(LATENT), "sm_90", "K into 1024 columns, V is the first 512"),
     "warps_split_tile": (config(block_n=32, num_warps=8), spec(), "sm_90", "16x32 gives 8 warps fewer than 128"),
     "fp32_tile_limited": (config(128, 64, 8), spec("d=64 fp32"), "sm_90", "8192 scores"),
     "descriptor_needs_tma": (DESCRIPTOR, spec(), "sm_80", "sm_80 has none"),
