@@ -6,6 +6,7 @@ import typing
 
 import torch
 
+from flashgen.codegen.head_tiles import head_tiles
 from flashgen.errors import InputError
 from flashgen.launch import readable
 from flashgen.measure.decode_reference import turns_each_query
@@ -64,7 +65,7 @@ def decode_problem(
         leftpad=tensors.cache_leftpad is not None,
         batch_idx=tensors.cache_batch_idx is not None,
         fp8_kv=fp8,
-        shared_kv=tensors.k_new is None and is_shared(k_cache, v_cache),
+        shared_kv=tensors.k_new is None and is_shared(k_cache, v_cache) and _cut_alike(k_cache, v_cache),
     )
     check_captures(q, spec, tensors.captures)
     return Problem(spec=spec, shape=shape)
@@ -93,6 +94,13 @@ def is_shared(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         and k_cache.shape[:-1] == v_cache.shape[:-1]
         and v_cache.shape[-1] <= k_cache.shape[-1]
     )
+
+
+def _cut_alike(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Return whether some tiles of K's columns are also V's; else each is read by itself, as if it were not shared."""
+    dims = k_cache.shape[-1], v_cache.shape[-1]
+    cuts = ([head_tiles(dim, most) for dim in dims] for most in (1, 2))
+    return any(of_k[: len(of_v)] == of_v for of_k, of_v in cuts)
 
 
 def check_in_place(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:

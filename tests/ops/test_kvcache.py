@@ -151,14 +151,19 @@ def test_explain_says_what_is_asked() -> None:
 
 
 def test_shared_memory_is_found_out() -> None:
-    q, k, _ = tensors()
+    q, k, _ = (torch.cat([t, t[..., :16]], -1) for t in tensors())
     asked = {"cache_seqlens": lengths(3, 24)}
-    assert flashgen.explain_with_kvcache(q, k, k[..., :16], **asked).problem.spec.shared_kv
+    assert flashgen.explain_with_kvcache(q, k, k[..., :32], **asked).problem.spec.shared_kv
     assert flashgen.explain_with_kvcache(q, k, k, **asked).problem.spec.shared_kv
     assert not flashgen.explain_with_kvcache(q, k, k[..., 16:], **asked).problem.spec.shared_kv
     assert not flashgen.explain_with_kvcache(q, k, k.clone(), **asked).problem.spec.shared_kv
-    got = flashgen.attention_with_kvcache(q, k, k[..., :16], **asked)
-    torch.testing.assert_close(got, flashgen.attention_with_kvcache(q, k, k[..., :16].clone(), **asked))
+    # Tiles of K are 32 and 16 columns wide: none of them is V's.
+    assert not flashgen.explain_with_kvcache(q, k, k[..., :16], **asked).problem.spec.shared_kv
+    for columns in (16, 32, 48):
+        with flashgen.interpreting():
+            got = flashgen.attention_with_kvcache(q, k, k[..., :columns], **asked)
+        want = flashgen.attention_with_kvcache(q, k, k[..., :columns].contiguous(), **asked)
+        torch.testing.assert_close(got, want)
 
 
 def test_factors_of_float8_caches() -> None:
