@@ -19,6 +19,7 @@ from flashgen.measure.cases import (
     random_output_gradients,
     sampled_heads,
 )
+from flashgen.measure.decode_reference import append_to_cache, decode_reference
 from flashgen.measure.extras import random_extras
 from flashgen.measure.gradient_accuracy import DELTA_TINY, GradientOracle, gradient_error
 from flashgen.measure.gradients import Gradients, gradient_reference
@@ -53,10 +54,12 @@ __all__ = [
     "Stage",
     "Timing",
     "accuracy_error",
+    "append_to_cache",
     "attention_reference",
     "awkward_shapes",
     "benchmark",
     "count_visible",
+    "decode_reference",
     "dropout_keep",
     "floor_us",
     "gradient_error",

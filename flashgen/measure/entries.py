@@ -22,6 +22,7 @@ class Entry:
         rows_q, rows_k: where its rows are in Q and in K: of the packed tensors, or of entry b where nothing is packed.
         seqlen_q, seqlen_k: how many of them count: those that are used.
         varlen: whether the tensors are packed.
+        first_k: the first key that any query may see: those before it are padding, and have their positions.
     """
 
     b: int
@@ -30,6 +31,7 @@ class Entry:
     seqlen_q: int
     seqlen_k: int
     varlen: bool
+    first_k: int = 0
 
     @property
     def rows(self) -> int:

@@ -60,7 +60,7 @@ def attention_reference(
             own = sorted({h for b, h in heads if b == entry.b})
             if own:
                 part = Part.of_heads(entry, own, q, k, v)
-                found = _attend(part, spec, extras, arithmetic)
+                found = attend(part, spec, extras, arithmetic)
                 parts.update({(entry.b, h): (found[0][i], found[1][i]) for i, h in enumerate(own)})
         picked = [parts[pair] for pair in heads]
         return join_heads([out for out, _ in picked], entries), join_heads([lse for _, lse in picked], entries)
@@ -68,7 +68,7 @@ def attention_reference(
     rows = (nheads_q, q.shape[0]) if spec.varlen else q.shape[:3]
     lse = torch.full(rows, float("-inf"), dtype=arithmetic.softmax_type, device=q.device)
     for entry in entries:
-        part_out, part_lse = _attend(Part.of_entry(entry, q, k, v), spec, extras, arithmetic)
+        part_out, part_lse = attend(Part.of_entry(entry, q, k, v), spec, extras, arithmetic)
         entry.queries(out).copy_(part_out)
         entry.statistics(lse).copy_(part_lse)
     return out, lse
@@ -144,8 +144,11 @@ class Part:
         return extras.sinks[self.h].to(kind)[:, None] if spec.sinks and extras.sinks is not None else None
 
 
-def _attend(part: Part, spec: AttentionSpec, extras: Extras, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
-    """Return out [heads, rows, head_dim_v] and lse [heads, rows] of all rows of the entry, used or not."""
+def attend(part: Part, spec: AttentionSpec, extras: Extras, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    """Return out [heads, rows, head_dim_v] and lse [heads, rows] of all rows of the entry, used or not.
+
+    Attention itself, of every phase: the rest of this module and of the decode reference say what K and V are.
+    """
     entry, nheads, nheads_kv, kind = part.entry, len(part.h), len(part.h_kv), arithmetic.softmax_type
     out = part.q.new_zeros((nheads, part.q.shape[1], part.v.shape[2]), dtype=arithmetic.out_type)
     lse = part.q.new_full(out.shape[:2], float("-inf"), dtype=kind)
@@ -181,11 +184,10 @@ def _scales(part: Part, spec: AttentionSpec, extras: Extras, kind: torch.dtype) 
     if not spec.descale:
         return extras.softmax_scale, None
     q, k, v = (
-        factor[part.entry.b, part.h_kv].to(kind)[:, None, None]
+        1.0 if factor is None else factor[part.entry.b, part.h_kv].to(kind)[:, None, None]
         for factor in (extras.q_descale, extras.k_descale, extras.v_descale)
-        if factor is not None
     )
-    return q * k * extras.softmax_scale, v
+    return q * k * extras.softmax_scale, v if isinstance(v, Tensor) else None
 
 
 def bent(scores: Tensor, at: Positions, spec: AttentionSpec, extras: Extras) -> Tensor:
@@ -207,6 +209,8 @@ def masked(scores: Tensor, at: Positions, part: Part, spec: AttentionSpec, extra
     if spec.alibi and extras.alibi_slopes is not None:
         slopes = extras.alibi_slopes if extras.alibi_slopes.dim() == 1 else extras.alibi_slopes[part.entry.b]
         scores = scores - slopes[at.h].to(scores.dtype) * at.distance.abs()
+    if part.entry.first_k:
+        scores = scores.masked_fill(at.kv_idx < part.entry.first_k, float("-inf"))
     seen = visible(extras.bound_mask(spec), at)
     return scores if seen is None else scores.masked_fill(~seen, float("-inf"))
 
@@ -265,12 +269,29 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, extras: Ext
         raise InputError(f"batch, key length, key/value heads or head_dim_qk differ; {got}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise InputError(f"nheads_q must be a multiple of nheads_kv; {got}")
+    check_given(spec, extras)
+
+
+def check_given(spec: AttentionSpec, extras: Extras) -> None:
+    """Check that the call gives what the spec asks for.
+
+    Raises:
+        InputError: if it does not.
+    """
+    decode = spec.phase == "decode"
     needed = {
         "bias": spec.bias != "none",
         "alibi_slopes": spec.alibi,
         "sinks": spec.sinks,
         "rng_state": spec.dropout,
-        **dict.fromkeys(("q_descale", "k_descale", "v_descale"), spec.descale),
+        "q_descale": spec.descale and not decode,
+        **dict.fromkeys(("k_descale", "v_descale"), spec.descale),
+        "cache_seqlens": decode,
+        "page_table": spec.page_size > 0,
+        "cache_batch_idx": spec.batch_idx,
+        "cache_leftpad": spec.leftpad,
+        **dict.fromkeys(("k_new", "v_new"), spec.append),
+        **dict.fromkeys(("rotary_cos", "rotary_sin"), bool(spec.rotary)),
     }
     missing = [name for name, wanted_by_spec in needed.items() if wanted_by_spec and getattr(extras, name) is None]
     if missing:
