@@ -283,6 +283,8 @@ class TritonDecodeConfig(KernelConfig):
             programs with the same keys read them at the same time. Like the next two, it costs no compile.
         programs: how many programs there are for each multiprocessor.
         min_blocks: key tiles that a part has at least.
+        loops: `split` walks key tiles that every row sees in a loop without mask code, `single` masks every tile in one
+            loop, which has one pipeline to fill.
     """
 
     template: typing.ClassVar[str] = "triton/decode"
@@ -292,6 +294,7 @@ class TritonDecodeConfig(KernelConfig):
     block_n: int
     loads: Loads = "pointer"
     head_tiles: int = 1
+    loops: Loops = "split"
     schedule: Schedule = "even"
     programs: int = 2
     min_blocks: int = 1

@@ -11,9 +11,11 @@ from flashgen.codegen.config import (
     HopperForwardConfig,
     KernelConfig,
     TritonBackwardConfig,
+    TritonDecodeConfig,
     TritonForwardConfig,
     templates_of,
 )
+from flashgen.codegen.decode_plan import decode_constants, make_decode_plan
 from flashgen.codegen.forward_plan import forward_constants, make_forward_plan
 from flashgen.codegen.hopper_plan import hopper_constants, make_hopper_plan
 from flashgen.codegen.kernel_plan import KernelPlan
@@ -34,6 +36,8 @@ def make_plan(spec: AttentionSpec, config: KernelConfig) -> KernelPlan:
             return make_hopper_plan(spec, config)
         case "backward", TritonBackwardConfig():
             return make_backward_plan(spec, config)
+        case "decode", TritonDecodeConfig():
+            return make_decode_plan(spec, config)
     raise ConfigError(_wrong_phase(spec, config))
 
 
@@ -50,6 +54,8 @@ def constant_values(spec: AttentionSpec, config: KernelConfig) -> dict[str, int]
             return hopper_constants(spec, config)
         case "backward", TritonBackwardConfig():
             return backward_constants(spec, config)
+        case "decode", TritonDecodeConfig():
+            return decode_constants(spec, config)
     raise ConfigError(_wrong_phase(spec, config))
 
 

@@ -173,7 +173,9 @@ def descriptor_dtype(name: str, spec: AttentionSpec) -> DType:
     if name.startswith("dq"):
         # Added up over key tiles.
         return DType.FP32
-    return spec.dtype.out if name.startswith("out") else spec.dtype
+    if name.startswith("out"):
+        return spec.dtype.out
+    return spec.kv_dtype if name[0] in "kv" else spec.dtype
 
 
 def descriptor_operand(name: str) -> str:
@@ -181,7 +183,7 @@ def descriptor_operand(name: str) -> str:
     return name.removesuffix("_desc").removesuffix("_1")
 
 
-_DENSE = ("q", "k", "v", "out", "do", "dq", "dk", "dv")
+_DENSE = ("q", "k", "v", "out", "do", "dq", "dk", "dv", "k_new", "v_new", "partial")
 _DENSE_POINTERS = frozenset(f"{name}_ptr" for name in _DENSE)
 
 

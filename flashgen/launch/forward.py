@@ -112,7 +112,7 @@ def launch_values(problem: Problem, config: KernelConfig, operands: Operands, ex
     """Return the value of every scalar argument by its name in the kernel."""
     spec, shape = problem.spec, problem.shape
     values: dict[str, int | float] = {
-        **_score_factors(spec, extras),
+        **score_factors(spec, extras),
         "num_heads_total": shape.batch * shape.nheads_q,
         "nheads_q": shape.nheads_q,
         "group": shape.group,
@@ -135,13 +135,19 @@ def launch_values(problem: Problem, config: KernelConfig, operands: Operands, ex
     if spec.dropout:
         values["dropout_threshold"] = min(int(extras.dropout_p * 2**32), 2**32 - 1)
         values["dropout_scale"] = 1.0 / (1.0 - extras.dropout_p)
-    for pointer, capture in zip(capture_pointers(spec), extras.captures, strict=True):
-        for dim, size in enumerate(capture.shape):
-            values[f"{pointer.removesuffix('_ptr')}_size{dim}"] = size
-    return values
+    return values | capture_sizes(spec, extras)
 
 
-def _score_factors(spec: AttentionSpec, extras: Extras) -> dict[str, float]:
+def capture_sizes(spec: AttentionSpec, extras: Extras) -> dict[str, int]:
+    """Return the sizes of the tensors that functions capture, by their names in the kernel."""
+    return {
+        f"{pointer.removesuffix('_ptr')}_size{dim}": size
+        for pointer, capture in zip(capture_pointers(spec), extras.captures, strict=True)
+        for dim, size in enumerate(capture.shape)
+    }
+
+
+def score_factors(spec: AttentionSpec, extras: Extras) -> dict[str, float]:
     """Return what scores are multiplied by; they end in base 2, for exp2 is what the hardware has."""
     # Not 0: a masked score is -inf, and -inf * 0 is not a number; so small a factor makes all others equal, too.
     scale = extras.softmax_scale or _LEAST_SCALE

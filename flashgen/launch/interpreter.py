@@ -7,16 +7,19 @@ import typing
 
 import torch
 
-from flashgen.codegen import KernelConfig, render, templates_of
+from flashgen.codegen import KernelConfig, TritonDecodeConfig, render, templates_of
 from flashgen.compile import load_kernel
-from flashgen.errors import UnsupportedError
+from flashgen.errors import ConfigError, UnsupportedError
 from flashgen.launch.backward import BackwardCall, layouts_of
+from flashgen.launch.decode import decode_arguments
 from flashgen.launch.forward import allocate_outputs, grid_size, kernel_arguments
 from flashgen.launch.interpreted import run_interpreted
 from flashgen.spec import DType, Extras, Problem
 
 # Interpreted products of bf16 are wrong, of fp8 unknown to NumPy, and there is no matrix unit to round to tf32.
 _WIDENED = (DType.BF16, DType.FP8, DType.TF32)
+# Of the GPU that the interpreter stands for: few, so that programs have several units each, as on a GPU.
+_INTERPRETED_SMS = 3
 
 
 def interpret_forward(
@@ -84,6 +87,44 @@ def interpret_backward(
             run_interpreted(load_kernel(call.rendered, entry.name), (grid,), call.arguments(entry, given))
         call.after(entry.name, given)
     return {name: t if name == "dbias" else t.to(tensors[name[1:]].dtype) for name, t in gradients.items()}
+
+
+def interpret_decode(
+    tensors: typing.Mapping[str, torch.Tensor], *, problem: Problem, config: KernelConfig, extras: Extras
+) -> None:
+    """Fill out, lse and the appended rows of the caches with what the kernel that `config` renders to computes.
+
+    bf16, tf32 and e4m3 caches are computed in float32 and rounded at the end.
+
+    Args:
+        tensors: as `bind_decode` takes them, on the CPU.
+
+    Raises:
+        ConfigError: if the config is not one of a decode kernel.
+        UnsupportedError: where this Triton and this NumPy cannot interpret together.
+    """
+    if not isinstance(config, TritonDecodeConfig):
+        raise ConfigError(f"template {config.template!r} has no decode kernel")
+    given, spec = dict(tensors), problem.spec
+    if spec.dtype in _WIDENED or spec.fp8_kv:
+        wide = {name: t.float() for name, t in given.items() if name in ("q", "k", "v", "out")}
+        if spec.shared_kv:
+            wide["v"] = wide["k"][..., : spec.head_dim_v]
+        cast = {
+            name: value.float()
+            for name in ("k_new", "v_new", "rotary_cos", "rotary_sin")
+            if (value := getattr(extras, name)) is not None
+        }
+        spec = dataclasses.replace(spec, dtype=DType.FP32, fp8_kv=False)
+        given, extras = {**given, **wide}, dataclasses.replace(extras, **cast)
+    problem = dataclasses.replace(problem, spec=spec)
+    rendered = render(spec, config)
+    grid, arguments = decode_arguments(rendered.plan, problem, config, extras, given, _INTERPRETED_SMS)
+    if grid:
+        run_interpreted(load_kernel(rendered), (grid,), arguments)
+    for name in ("out", "k", "v") if spec.append else ("out",):
+        if given[name] is not tensors[name]:
+            tensors[name].copy_(given[name])
 
 
 def _interpret_wide(

@@ -20,7 +20,7 @@ _FIELDS = {"alibi": "alibi_slopes", "rng": "rng_state"}
 _TABLE = ("tile_start", "tile_full", "tile_index")
 _TURNED_TABLE = ("row_start", "row_full", "row_index")
 # Made by whoever launches.
-_COUNTER = "tile_counter"
+_MADE = ("tile_counter", "partial", "arrivals")
 _OF_BACKWARD = ("do", "lse2", "delta", "dq", "dk", "dv", "dbias", "turn")
 
 
@@ -35,7 +35,7 @@ class SideTensors:
         arguments = dict.fromkeys(name for entry in plan.entries for name in entry.arguments)
         pointers = [name.removesuffix("_ptr") for name in arguments if argument_kind(name) == "pointer"]
         captures = tuple(name.removesuffix("_ptr") for name in capture_pointers(plan.spec))
-        others = {*TENSOR_NAMES, _COUNTER, *_OF_BACKWARD, *captures, *_TABLE, *_TURNED_TABLE}
+        others = {*TENSOR_NAMES, *_MADE, *_OF_BACKWARD, *captures, *_TABLE, *_TURNED_TABLE}
         own = [name for name in pointers if name not in others]
         self._fields = tuple(_FIELDS.get(name, name) for name in own)
         tables = tuple(name for name in (*_TABLE, *_TURNED_TABLE) if name in pointers)

@@ -1,4 +1,4 @@
-"""The counter by which the programs of a persistent kernel take tile after tile."""
+"""Counters in device memory: by which programs take tile after tile, or learn who of them is the last."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from flashgen.launch.own_memory import outside_pools
 
 # By device and stream; never let go, as a launch that is still queued may use one.
 _counters: dict[tuple[int, int], torch.Tensor] = {}
+_arrivals: dict[tuple[int, int], list[torch.Tensor]] = {}
+_LEAST_ARRIVALS = 4096
 # CUDA's handle of the default stream of each thread: one number for many streams.
 _PER_THREAD_STREAM = 2
 
@@ -32,18 +34,37 @@ def tile_counter(device: int, stream: int) -> torch.Tensor:
         stream: handle of its current stream.
     """
     if not counter_is_shared(stream):
-        return _zeros(device)
+        return _zeros(device, 2)
     counter = _counters.get((device, stream))
     if counter is None:
-        counter = _counters[device, stream] = outside_pools(functools.partial(_zeros, device), device)
+        counter = _counters[device, stream] = outside_pools(functools.partial(_zeros, device, 2), device)
     return counter
+
+
+def arrival_counters(device: int, stream: int, count: int) -> torch.Tensor:
+    """Return at least `count` int32 zeros on a GPU, for one launch of a kernel that leaves them at zero.
+
+    As `tile_counter`: shared by the launches on one stream, of their own inside a CUDA graph capture.
+
+    Args:
+        device: index of the current device.
+        stream: handle of its current stream.
+        count: tiles that several programs may arrive at.
+    """
+    if not counter_is_shared(stream):
+        return _zeros(device, count)
+    made = _arrivals.setdefault((device, stream), [])
+    if not made or len(made[-1]) < count:
+        size = max(_LEAST_ARRIVALS, 2 * count)
+        made.append(outside_pools(functools.partial(_zeros, device, size), device))
+    return made[-1]
 
 
 def reset_tile_counters() -> None:
     """Set every counter to zero: after a kernel that may not have left it so."""
-    for counter in _counters.values():
+    for counter in (*_counters.values(), *(counter for made in _arrivals.values() for counter in made)):
         counter.zero_()
 
 
-def _zeros(device: int) -> torch.Tensor:
-    return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", device))
+def _zeros(device: int, count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", device))

@@ -59,7 +59,8 @@ class AttentionSpec:
         dropout: probabilities are dropped at random; the share is given at the call.
         varlen: Q, K and V are packed [tokens, heads, head_dim], cut by cu_seqlens.
         seqused: each batch entry uses only the first seqused_q / seqused_k of its rows: `""`, `q`, `k` or `qk`.
-        descale: Q, K and V are multiplied by factors per (batch, key/value head); fp8 only, of `fp8_kv` K and V.
+        descale: Q, K and V are multiplied by factors per (batch, key/value head); fp8 only, in decode
+            K and V of any type.
         lse: whether the natural-log log-sum-exp of each row is written too; forward only.
         deterministic: gradients must be equal bit for bit from run to run; backward only.
         dbias: whether the gradient of the bias is asked for, too; backward only.
@@ -118,7 +119,7 @@ class AttentionSpec:
             raise InputError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         if self.seqused not in ("", "q", "k", "qk"):
             raise InputError(f"seqused must be '', 'q', 'k' or 'qk', got {self.seqused!r}")
-        if self.descale and self.dtype is not DType.FP8 and not self.fp8_kv:
+        if self.descale and self.dtype is not DType.FP8 and self.phase != "decode":
             raise InputError(f"descale factors belong to fp8, got {self.dtype}")
         self._check_phase()
 

@@ -133,13 +133,70 @@ def test_tuning_key_keeps_what_moves_the_winner() -> None:
     spec = spec_of(causal("top_left"), DType.FP8)
     keys = [dataclasses.replace(spec, **change).tuning_key() for change in ({}, *WINNER_MOVERS)]
     assert len(set(keys)) == len(keys)
-    # What belongs to the backward phase alone has a test of its own.
-    named = {name for change in WINNER_MOVERS for name in change} | {"phase", "deterministic", "dbias"}
+    # What belongs to one of the other phases alone has a test of its own.
+    of_others = {"deterministic", "dbias", *DECODE_FIELDS}
+    named = {name for change in WINNER_MOVERS for name in change} | {"phase"} | of_others
     dropped = {"lse": True, "sinks": True, "seqused": "qk", "descale": True, "bias_aligned": False}
     assert named | dropped.keys() == {field.name for field in dataclasses.fields(AttentionSpec)}
     for name, value in dropped.items():
         assert dataclasses.replace(spec, **{name: value}).tuning_key() == spec.tuning_key(), name
     assert all(key.tuning_key() == key for key in keys)
+
+
+DECODE_FIELDS = {
+    "page_size": 16,
+    "append": True,
+    "rotary": "pairs",
+    "leftpad": True,
+    "batch_idx": True,
+    "fp8_kv": True,
+    "shared_kv": True,
+}
+
+
+def test_the_decode_phase() -> None:
+    spec = AttentionSpec(dtype=DType.BF16, head_dim_qk=576, head_dim_v=512, mask=causal(), phase="decode")
+    assert spec.kv_dtype is DType.BF16
+    moves = {"fp8_kv", "shared_kv"}
+    for name in moves:
+        assert dataclasses.replace(spec, **{name: True}).tuning_key() != spec.tuning_key()
+    free = {name: value for name, value in DECODE_FIELDS.items() if name not in moves}
+    full = dataclasses.replace(spec, **free, lse=True, sinks=True)
+    assert full.tuning_key() == spec.tuning_key()
+    for one in (full, dataclasses.replace(spec, fp8_kv=True, descale=True, page_size=256), spec):
+        problem = Problem(spec=one, shape=SHAPE)
+        assert parse_problem(str(problem)) == problem
+
+
+def test_a_cache_is_read_once_in_its_own_type() -> None:
+    spec = AttentionSpec(dtype=DType.BF16, head_dim_qk=128, head_dim_v=64, phase="decode")
+    shape = Shape(batch=2, seqlen_q=1, seqlen_k=1000, nheads_q=4, nheads_kv=2)
+    ends = 2 * 4 * (128 + 64) * 2
+    for change, columns in (({}, 192 * 2), ({"fp8_kv": True}, 192), ({"shared_kv": True}, 128 * 2)):
+        found = Problem(spec=dataclasses.replace(spec, **change), shape=shape).min_bytes()
+        assert found == ends + 2 * 1000 * 2 * columns
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"phase": "forward", "page_size": 16}, "page_size: of the decode phase alone, got forward"),
+        ({"bias": "fp32", "dropout": True}, "the decode phase has no bias, dropout"),
+        ({"mask": document(torch.zeros(4, dtype=torch.int32))}, "masks that a formula bounds"),
+        ({"page_size": -1}, "page_size must be from 1 to 1048576"),
+        ({"rotary": "pairs"}, "it needs append"),
+        ({"append": True, "rotary": "thirds"}, "rotary must be one of '', 'halves', 'pairs', got 'thirds'"),
+        ({"dtype": DType.FP8}, "decode takes Q in fp16, bf16 or fp32"),
+        ({"fp8_kv": True, "append": True}, "no append"),
+        ({"shared_kv": True, "head_dim_v": 128}, "V is the first columns of K"),
+        ({"deterministic": True}, "decode always is"),
+        ({"head_dim_qk": 584}, r"from 16 to 576 \(decode phase\)"),
+    ],
+)
+def test_what_the_decode_phase_refuses(change: dict[str, object], message: str) -> None:
+    spec = AttentionSpec(dtype=DType.BF16, head_dim_qk=64, head_dim_v=64, phase="decode")
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(spec, **change)
 
 
 def test_the_backward_phase_and_back() -> None:
@@ -161,7 +218,7 @@ def test_the_backward_phase_and_back() -> None:
         ({"phase": "forward", "dbias": True}, "belong to the backward phase"),
         ({"lse": True}, "lse is an output of the forward phase"),
         ({"dtype": DType.FP8}, "fp8 has no backward phase: use fp16 or bf16"),
-        ({"head_dim_v": 264}, "head dimensions up to 256, got 64 and 264"),
+        ({"head_dim_v": 264}, r"from 16 to 256 \(backward phase\), got 264"),
         ({"dbias": True}, "dbias needs a bias of numbers, got bias=none"),
         ({"dbias": True, "bias": "bool"}, "dbias needs a bias of numbers, got bias=bool"),
     ],

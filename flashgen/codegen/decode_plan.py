@@ -1,0 +1,285 @@
+"""The structure of a rendered decode kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flashgen.codegen.arguments import element_type, side_pointer_types
+from flashgen.codegen.config import TritonDecodeConfig
+from flashgen.codegen.entry import EntryPlan
+from flashgen.codegen.head_tiles import HeadTile, name_tiles, tile_widths
+from flashgen.codegen.kernel_plan import KernelPlan, dot_options
+from flashgen.codegen.mask_plan import plan_mask
+from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
+from flashgen.codegen.signature import SCORE_PREFIX, capture_types
+from flashgen.spec import AttentionSpec, Causal
+from flashgen.spec.masks import SlidingWindow
+
+# Sequences whose lengths a warp looks at together.
+_SEQUENCES = 32
+# Partial sums of which loads are under way together.
+_MERGED = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodePlan(KernelPlan):
+    """Structure of `templates/triton/decode.py.jinja`; equal plans of one spec render to the same source.
+
+    Attributes:
+        qk_tiles: tiles of head_dim_qk.
+        v_tiles: tiles of head_dim_v.
+        one_loop: every key tile is masked, in one loop.
+    """
+
+    qk_tiles: tuple[HeadTile, ...]
+    v_tiles: tuple[HeadTile, ...]
+    one_loop: bool
+
+    @property
+    def entries(self) -> tuple[EntryPlan, ...]:
+        """The one kernel of the module."""
+        boxes = tuple(
+            (f"{x}{tile.suffix}_desc", ("BLOCK_N", tile.block)) for x, tiles in self._cache_tiles for tile in tiles
+        )
+        return (
+            EntryPlan(
+                name=self.entry_point,
+                arguments=self.arguments,
+                constants=self.constants,
+                pointer_types=self.pointer_types,
+                boxes=boxes if self.descriptor else (),
+            ),
+        )
+
+    @property
+    def _cache_tiles(self) -> tuple[tuple[str, tuple[HeadTile, ...]], ...]:
+        of_k = ("k", self.qk_tiles)
+        return (of_k,) if self.spec.shared_kv else (of_k, ("v", self.v_tiles))
+
+    @property
+    def cache_pointers(self) -> tuple[str, ...]:
+        """The caches that are reached by pointers."""
+        by_pointer = not self.descriptor or self.spec.append
+        return tuple(x for x, _ in self._cache_tiles) if by_pointer else ()
+
+    @property
+    def new_tensors(self) -> tuple[str, ...]:
+        """What is appended to."""
+        return ("k", "v") if self.spec.append else ()
+
+    @property
+    def appended(self) -> tuple[tuple[str, tuple[HeadTile, ...], str], ...]:
+        """What is appended to, in tiles of columns, and the columns of all of them."""
+        return (("k", self.qk_tiles, "HEAD_DIM_QK"), ("v", self.v_tiles, "HEAD_DIM_V"))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Run-time arguments of the kernel, in order."""
+        spec = self.spec
+        caches = [f"{x}_ptr" for x in self.cache_pointers]
+        if self.descriptor:
+            caches += [f"{x}{tile.suffix}_desc" for x, tiles in self._cache_tiles for tile in tiles]
+        strides = [f"stride_{x}{axis}" for x in self.cache_pointers for axis in "zhn"]
+        score = mod_arguments(spec.score_mod, SCORE_PREFIX) if spec.score_mod else ()
+        return (
+            "q_ptr",
+            *caches,
+            "out_ptr",
+            *(("lse_ptr",) if spec.lse else ()),
+            *(f"stride_q{axis}" for axis in "zhm"),
+            *strides,
+            *(f"stride_o{axis}" for axis in "zhm"),
+            *("qk_scale", "batch", "nheads_q", "nheads_kv", "group", "SEQLEN_Q", "splits", "min_blocks"),
+            *("cache_seqlens_ptr", "partial_ptr", "arrivals_ptr"),
+            *(("softcap",) if spec.softcap else ()),
+            *(("alibi_ptr", "step_alibi_z") if spec.alibi else ()),
+            *(("sinks_ptr",) if spec.sinks else ()),
+            *(("k_descale_ptr", "v_descale_ptr") if spec.descale else ()),
+            *(("page_table_ptr", "step_pages") if spec.page_size else ()),
+            *(("cache_batch_idx_ptr",) if spec.batch_idx else ()),
+            *(("cache_leftpad_ptr",) if spec.leftpad else ()),
+            *(f"{x}_new_ptr" for x in self.new_tensors),
+            *(f"stride_{x}_new_{axis}" for x in self.new_tensors for axis in "zhn"),
+            *(("seqlen_new",) if spec.append else ()),
+            *(("rotary_cos_ptr", "rotary_sin_ptr", "step_rotary", "rotary_dim") if spec.rotary else ()),
+            *score,
+            *self.mask.arguments,
+        )
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Compile-time arguments, after them."""
+        pages = ("PAGE_SIZE",) if self.spec.page_size else ()
+        blocks = [tile.block for tile in (*self.qk_tiles, *self.v_tiles)]
+        numbers = ("BLOCK_M", "BLOCK_N", "BLOCK_Z", "MERGED", "NUM_STAGES", *pages)
+        return ("HEAD_DIM_QK", "HEAD_DIM_V", *blocks, *numbers)
+
+    @property
+    def loop_constants(self) -> tuple[str, ...]:
+        """Compile-time arguments of the loop over the keys."""
+        return tuple(name for name in self.constants if name not in ("BLOCK_M", "BLOCK_Z", "MERGED", "NUM_STAGES"))
+
+    @property
+    def value_constants(self) -> tuple[str, ...]:
+        """Compile-time arguments of what works on sums alone."""
+        return ("HEAD_DIM_V", *(tile.block for tile in self.v_tiles), "BLOCK_M", "MERGED")
+
+    @property
+    def part_arguments(self) -> tuple[str, ...]:
+        """What `sequence_parts` takes beyond the sequences that it is asked about."""
+        spec = self.spec
+        return (
+            *("SEQLEN_Q", "splits", "min_blocks", "BLOCK_N", "cache_seqlens_ptr"),
+            *(("seqlen_new",) if spec.append else ()),
+            *(("cache_leftpad_ptr",) if spec.leftpad else ()),
+            *self.mask.bounds_arguments,
+        )
+
+    @property
+    def loop_arguments(self) -> tuple[tuple[str, str], ...]:
+        """What the loop over the keys takes, by its name there, and what the kernel gives it."""
+        spec = self.spec
+        pairs = [(f"{x}_ptr", f"{x}_head") for x in self.cache_pointers if not self.descriptor]
+        if self.descriptor:
+            pairs += [
+                (f"{x}{tile.suffix}_desc", f"{x}{tile.suffix}_desc") for x, tiles in self._cache_tiles for tile in tiles
+            ]
+            pairs += [] if spec.page_size else [("entry", "entry")]
+            pairs += [("off_hkv", "off_hkv")]
+        else:
+            axes = "zn" if spec.page_size else "n"
+            pairs += [(f"stride_{x}{axis}",) * 2 for x in self.cache_pointers for axis in axes]
+        pairs += [("page_table_ptr", "pages")] if spec.page_size else []
+        pairs += [(f"{x}_new_ptr", f"{x}_new") for x in self.new_tensors]
+        pairs += [(f"stride_{x}_new_n",) * 2 for x in self.new_tensors]
+        pairs += [("cached", "cached")] if spec.append else []
+        pairs += [("pad", "pad")] if spec.leftpad else []
+        rotary = ("rotary_cos_ptr", "rotary_sin_ptr", "step_rotary", "rotary_dim") if spec.rotary else ()
+        pairs += [(name, name) for name in rotary]
+        pairs += [("off_z", "off_z"), ("off_h", "heads[:, None]"), ("q_idx", "offs_m[:, None]")]
+        pairs += [("SEQLEN_Q", "SEQLEN_Q"), ("SEQLEN_K", "SEQLEN_K")]
+        pairs += [("qk_scale", "scale" if spec.descale else "qk_scale")]
+        pairs += [("softcap", "softcap")] if spec.softcap else []
+        pairs += [("slope", "slope[:, None]")] if spec.alibi else []
+        pairs += [(name, name) for name in (*self.score_arguments, *self.mask_arguments)]
+        return tuple(pairs)
+
+    @property
+    def descriptor_row(self) -> str:
+        """Where a descriptor finds a tile of keys: all indices but the column."""
+        return "page, off_hkv, n % PAGE_SIZE" if self.spec.page_size else "entry, off_hkv, n"
+
+    @property
+    def queries_advance(self) -> bool:
+        """Whether each query is turned by its own position, as FlashAttention does where order matters."""
+        return any(isinstance(leaf, Causal | SlidingWindow) for leaf in self.spec.mask.leaves)
+
+    @property
+    def accumulators(self) -> str:
+        """The unnormalised outputs, one for each tile of head_dim_v."""
+        return ", ".join(f"acc{tile.suffix}" for tile in self.v_tiles)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The device functions that the kernel calls besides its softmax, as template files."""
+        spec = self.spec
+        parts = [
+            ("mods/floor_div", "floor_div" in self.division_helpers),
+            ("mods/floor_mod", "floor_mod" in self.division_helpers),
+            ("triton/parts/mask", True),
+            ("triton/parts/kv_bounds", True),
+            ("triton/parts/sequence_parts", True),
+            ("triton/parts/cache_rows", bool(self.cache_pointers)),
+            ("triton/parts/load_rows", not (self.descriptor and spec.rotary and not spec.append)),
+            ("triton/parts/load_rotated", bool(spec.rotary)),
+            ("triton/parts/store_rows", True),
+            ("triton/parts/partial_sums", True),
+            ("mods/score_softcap", spec.softcap),
+            ("mods/score_function", spec.score_mod is not None),
+        ]
+        return tuple(f"{name}.py.jinja" for name, wanted in parts if wanted)
+
+    @property
+    def _two_edges(self) -> bool:
+        return self.mask.left_edge or self.spec.leftpad
+
+    @property
+    def adjusts_edges(self) -> bool:
+        """Whether the keys that every row sees may end before they begin."""
+        return self._two_edges and (self.spec.append or self.spec.leftpad) and not self.one_loop
+
+    @property
+    def bounds(self) -> str:
+        """What `kv_bounds` returns for a tile of rows."""
+        full = "_" if self.one_loop else "full_end"
+        if self.mask.left_edge:
+            return f"start, {'_' if self.one_loop else 'full_start'}, {full}, end"
+        return f"{full}, end"
+
+    @property
+    def sequence_bounds(self) -> str:
+        """What `kv_bounds` returns for all rows of a sequence."""
+        return "start, _, _, end" if self.mask.left_edge else "_, end"
+
+    @property
+    def loops(self) -> tuple[tuple[str, str, str, str], ...]:
+        """The loops over the keys: whether masked, from where, to where, in how many stages."""
+        end = "tl.minimum(stop, end)"
+        if self.one_loop:
+            start = "tl.maximum(begin, start)" if self._two_edges else "begin"
+            return (("True", start, end, "NUM_STAGES"),)
+        tail = ("True", "tl.maximum(begin, full_end)", end, "1")
+        if not self._two_edges:
+            return (("False", "begin", "tl.minimum(stop, full_end)", "NUM_STAGES"), tail)
+        return (
+            ("True", "tl.maximum(begin, start)", "tl.minimum(stop, full_start)", "1"),
+            ("False", "tl.maximum(begin, full_start)", "tl.minimum(stop, full_end)", "NUM_STAGES"),
+            tail,
+        )
+
+    @property
+    def loop_note(self) -> str:
+        """How the key tiles are walked."""
+        return (
+            "key tiles, all masked" if self.one_loop else "key tiles that every row sees, and those that need the mask"
+        )
+
+
+def make_decode_plan(spec: AttentionSpec, config: TritonDecodeConfig) -> DecodePlan:
+    """Return the structure of the decode kernel that `spec` and `config` ask for."""
+    spec = spec.structure()
+    mask = plan_mask(spec.mask)
+    widths_qk, widths_v = tile_widths(spec, config.head_tiles)
+    score = spec.score_mod
+    types = side_pointer_types(spec) | capture_types(spec)
+    if spec.fp8_kv:
+        types |= dict.fromkeys(("k_ptr", "v_ptr"), element_type(spec.kv_dtype))
+    words = [f"{mask.title} mask", *["with lse"] * spec.lse]
+    words += [f"with {feature}" for feature in (*(("score_mod",) if score else ()), *spec.features)]
+    return DecodePlan(
+        title=f"attn_decode: {' '.join(words)}, {config.loads} loads.",
+        template=config.template,
+        entry_point="attn_decode",
+        spec=spec,
+        descriptor=config.loads == "descriptor",
+        qk_tiles=name_tiles("BLOCK_DQK", "HEAD_DIM_QK", widths_qk),
+        v_tiles=name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v),
+        single_loop=False,
+        one_loop=config.loops == "single" and not spec.append,
+        mask=mask,
+        score_arguments=mod_arguments(score, SCORE_PREFIX) if score else (),
+        score_lines=mod_lines(score, SCORE_PREFIX) if score else (),
+        division_helpers=mask.division_helpers | (division_helpers(score) if score else frozenset()),
+        pointer_types=tuple(sorted(types.items())),
+        dot_options=dot_options(spec.dtype),
+    )
+
+
+def decode_constants(spec: AttentionSpec, config: TritonDecodeConfig) -> dict[str, int]:
+    """Return the value of every compile-time argument, by name."""
+    values = {"HEAD_DIM_QK": spec.head_dim_qk, "HEAD_DIM_V": spec.head_dim_v}
+    for block, widths in zip(("BLOCK_DQK", "BLOCK_DV"), tile_widths(spec, config.head_tiles), strict=True):
+        for suffix, width in zip(("", "_1"), widths, strict=False):
+            values[f"{block}{suffix}"] = width
+    numbers = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "NUM_STAGES": config.num_stages}
+    return {**values, **numbers, "BLOCK_Z": _SEQUENCES, "MERGED": _MERGED, "PAGE_SIZE": spec.page_size}

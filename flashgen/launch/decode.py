@@ -1,0 +1,274 @@
+"""Launching the decode kernel: everything that stays the same from step to step is worked out once."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import torch
+
+from flashgen.codegen import KernelConfig, KernelPlan, TritonDecodeConfig, constant_values, render
+from flashgen.codegen.mask_plan import mask_numbers
+from flashgen.compile import CompiledKernel
+from flashgen.errors import ConfigError, InputError
+from flashgen.launch.arguments import entry_arguments
+from flashgen.launch.descriptors import entry_descriptors
+from flashgen.launch.device import detect_target
+from flashgen.launch.forward import capture_sizes, check_sizes, score_factors
+from flashgen.launch.kernel import BoundKernel
+from flashgen.launch.operands import Layout4D, descriptor_refusal
+from flashgen.launch.side_tensors import SideTensors
+from flashgen.launch.tile_counter import arrival_counters
+from flashgen.spec import AttentionSpec, Extras, Problem, Shape
+
+# Of a call, besides what `SideTensors` collects.
+_TENSORS = ("q", "k", "v", "out", "lse", "partial", "arrivals")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOperands:
+    """Layouts of Q, out, the caches and what is appended to them, seen as [batch, heads, rows, head_dim].
+
+    Attributes:
+        q, out: of [batch, nheads_q, seqlen_q, ...].
+        k, v: of the caches, [entries or pages, nheads_kv, rows, ...].
+        k_new, v_new: of [batch, nheads_kv, seqlen_new, ...], where keys are appended.
+        step_pages: elements from one sequence's row of the page table to the next.
+        step_rotary: elements from one position's row of cosines to the next.
+        rotary_dim: columns that are rotated.
+    """
+
+    q: Layout4D
+    k: Layout4D
+    v: Layout4D
+    out: Layout4D
+    k_new: Layout4D | None = None
+    v_new: Layout4D | None = None
+    step_pages: int = 0
+    step_rotary: int = 0
+    rotary_dim: int = 0
+
+    @classmethod
+    def of(cls, tensors: typing.Mapping[str, torch.Tensor], extras: Extras) -> DecodeOperands:
+        """Return the layouts of the tensors q, k, v and out, and of those of the extras."""
+        table, cos = extras.page_table, extras.rotary_cos
+        return cls(
+            **{name: Layout4D.of(tensors[name]) for name in ("q", "k", "v", "out")},
+            k_new=None if extras.k_new is None else Layout4D.of(extras.k_new),
+            v_new=None if extras.v_new is None else Layout4D.of(extras.v_new),
+            step_pages=0 if table is None else table.stride(0),
+            step_rotary=0 if cos is None else cos.stride(0),
+            rotary_dim=0 if cos is None else 2 * cos.shape[1],
+        )
+
+    def refusal(self, config: KernelConfig, spec: AttentionSpec) -> str | None:
+        """Return why a config cannot read these layouts, or None."""
+        if not isinstance(config, TritonDecodeConfig) or config.loads != "descriptor":
+            return None
+        itemsize = spec.kv_dtype.itemsize
+        return descriptor_refusal({"k": self.k, "v": self.v}, {"k": itemsize, "v": itemsize})
+
+
+def num_tiles(shape: Shape, config: KernelConfig) -> int:
+    """Return the number of tiles of rows of all sequences and heads.
+
+    Raises:
+        ConfigError: if the config is not one of a decode kernel.
+        InputError: if there are more than 32-bit integers count.
+    """
+    if config.phase != "decode":
+        raise ConfigError(f"template {config.template!r} has no decode kernel")
+    ((block_m, _),) = config.blocks
+    tiles = -(-shape.seqlen_q * shape.group // block_m) * shape.batch * shape.nheads_kv
+    check_sizes(shape, tiles, block_m)
+    return tiles
+
+
+def decode_grid(shape: Shape, config: TritonDecodeConfig, num_splits: int, num_sms: int) -> tuple[int, int]:
+    """Return how many programs are launched, and into how many units each tile of rows is cut; 0: evenly.
+
+    Neither depends on the lengths of the sequences, of which the device alone knows. `shape.seqlen_k` is their upper
+    bound: there are no more programs than key tiles within it.
+
+    Args:
+        shape: of the call.
+        config: a decode config.
+        num_splits: what the caller asks for; 0 leaves it to the config.
+        num_sms: multiprocessors of the GPU.
+
+    Raises:
+        InputError: if that is more programs than can be launched.
+    """
+    tiles = num_tiles(shape, config)
+    programs = num_sms * config.programs
+    splits = num_splits
+    if not splits and config.schedule == "aligned":
+        splits = max(1, programs // max(tiles, 1))
+    blocks = max(1, -(-shape.seqlen_k // config.block_n))
+    units = tiles * min(splits or blocks, blocks)
+    if not splits:
+        return min(programs, units), 0
+    if units > 2**31 - 1:
+        raise InputError(f"num_splits={num_splits} makes {units} programs of {tiles} tiles: give fewer, or 'auto'")
+    return units, splits
+
+
+class DecodeLaunch:
+    """A compiled decode kernel bound to sizes, strides and numbers; call it with tensors of exactly those.
+
+    Nothing is checked in a call: the caller has. Calls in a row on one stream share the counters by which programs
+    learn who is the last; the scratch memory is each call's own.
+
+    Attributes:
+        partial_size: float32 elements of the scratch memory `partial` that a call takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: KernelPlan,
+        compiled: CompiledKernel,
+        problem: Problem,
+        config: TritonDecodeConfig,
+        operands: DecodeOperands,
+        extras: Extras,
+        device: torch.device,
+    ) -> None:
+        (entry,), (built,) = plan.entries, compiled.entries
+        grid, splits = decode_grid(problem.shape, config, extras.num_splits, detect_target(device).num_sms)
+        self._side = SideTensors(plan)
+        self._tiles = num_tiles(problem.shape, config)
+        self.partial_size = partial_size(problem, config, grid)
+        self._device = device.index
+        self._kernel = BoundKernel(
+            entry,
+            built,
+            grid=grid,
+            values=decode_values(problem, config, operands, extras, splits),
+            descriptors=entry_descriptors(
+                entry, plan, {"k": operands.k, "v": operands.v}, constant_values(problem.spec, config)
+            ),
+            slots={name: slot for slot, name in enumerate((*_TENSORS, *self._side.names))},
+        )
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        partial: torch.Tensor,
+        extras: Extras,
+    ) -> None:
+        """Launch on the current stream; `partial` is float32 scratch memory of `partial_size`, of any content."""
+        device = torch._C._cuda_getDevice()
+        arrivals = arrival_counters(device, torch._C._cuda_getCurrentRawStream(device), self._tiles)
+        self._kernel((q, k, v, out, lse, partial, arrivals, *self._side(extras, None)))
+
+
+def partial_size(problem: Problem, config: TritonDecodeConfig, grid: int) -> int:
+    """Return how many float32 a launch of so many programs needs for partial sums: two tiles of rows each."""
+    return max(1, grid * 2 * config.block_m * (problem.spec.head_dim_v + 2))
+
+
+def decode_values(
+    problem: Problem, config: TritonDecodeConfig, operands: DecodeOperands, extras: Extras, splits: int
+) -> dict[str, int | float]:
+    """Return the value of every scalar argument by its name in the kernel."""
+    spec, shape = problem.spec, problem.shape
+    values: dict[str, int | float] = {
+        **score_factors(spec, extras),
+        "batch": shape.batch,
+        "nheads_q": shape.nheads_q,
+        "nheads_kv": shape.nheads_kv,
+        "group": shape.group,
+        "SEQLEN_Q": shape.seqlen_q,
+        "splits": splits,
+        "min_blocks": config.min_blocks,
+        "step_pages": operands.step_pages,
+        "step_rotary": operands.step_rotary,
+        "rotary_dim": operands.rotary_dim,
+        "seqlen_new": 0 if operands.k_new is None else operands.k_new.size[2],
+        **mask_numbers(spec.mask),
+        **capture_sizes(spec, extras),
+    }
+    named = {"q": operands.q, "k": operands.k, "v": operands.v, "o": operands.out}
+    for name, layout in named.items():
+        for axis, stride in zip("zhm" if name in "qo" else "zhn", layout.stride, strict=False):
+            values[f"stride_{name}{axis}"] = stride
+    for name, new in (("k", operands.k_new), ("v", operands.v_new)):
+        for axis, stride in zip("zhn", () if new is None else new.stride, strict=False):
+            values[f"stride_{name}_new_{axis}"] = stride
+    if extras.alibi_slopes is not None:
+        values["step_alibi_z"] = extras.alibi_slopes.stride(0) if extras.alibi_slopes.dim() == 2 else 0
+    return values
+
+
+def bind_decode(
+    problem: Problem,
+    config: KernelConfig,
+    compiled: CompiledKernel,
+    extras: Extras,
+    tensors: typing.Mapping[str, torch.Tensor],
+) -> typing.Callable[[], None]:
+    """Return a call without arguments that launches a compiled kernel on fixed tensors: what a benchmark times.
+
+    Args:
+        tensors: q and out as [batch, nheads_q, seqlen_q, head_dim] views, the caches k and v as [entries or pages,
+            nheads_kv, rows, head_dim] views, and lse where the spec has it.
+
+    Raises:
+        ConfigError: if the config is not one of a decode kernel.
+    """
+    if not isinstance(config, TritonDecodeConfig):
+        raise ConfigError(f"template {config.template!r} has no decode kernel")
+    q, k, v, out = (tensors[name] for name in ("q", "k", "v", "out"))
+    bound = DecodeLaunch(
+        plan=render(problem.spec, config).plan,
+        compiled=compiled,
+        problem=problem,
+        config=config,
+        operands=DecodeOperands.of(tensors, extras),
+        extras=extras,
+        device=q.device,
+    )
+    partial = q.new_empty(bound.partial_size, dtype=torch.float32)
+    return lambda: bound(q, k, v, out, tensors.get("lse"), partial, extras)
+
+
+def decode_arguments(
+    plan: KernelPlan,
+    problem: Problem,
+    config: TritonDecodeConfig,
+    extras: Extras,
+    tensors: typing.Mapping[str, torch.Tensor],
+    num_sms: int,
+) -> tuple[int, dict[str, object]]:
+    """Return the number of programs, and every argument of the kernel by name, as a call of the JIT function takes it.
+
+    Args:
+        tensors: as for `bind_decode`.
+        num_sms: multiprocessors of the GPU, or what stands for them.
+    """
+    operands = DecodeOperands.of(tensors, extras)
+    grid, splits = decode_grid(problem.shape, config, extras.num_splits, num_sms)
+    side = SideTensors(plan)
+    device = tensors["q"].device
+    given = {
+        **tensors,
+        **dict(zip(side.names, side(extras, None), strict=True)),
+        # No number: what a kernel reads before it is written shows.
+        "partial": torch.full((partial_size(problem, config, grid),), float("nan"), device=device),
+        "arrivals": torch.zeros(max(1, num_tiles(problem.shape, config)), dtype=torch.int32, device=device),
+    }
+    (entry,) = plan.entries
+    arguments = entry_arguments(
+        entry,
+        plan,
+        values=decode_values(problem, config, operands, extras, splits),
+        tensors=given,
+        layouts={"k": operands.k, "v": operands.v},
+        constants=constant_values(problem.spec, config),
+    )
+    return grid, arguments
