@@ -39,7 +39,6 @@ from flashgen.measure import host_time_us, random_decode_call, random_inputs
 from flashgen.measure.peers import CUDNN, FA3, FLASH
 from flashgen.ops import decode_runtime, functional, runtime
 from flashgen.ops.call import Options
-from flashgen.ops.kvcache import explain_with_kvcache
 from flashgen.spec import Extras, Problem, parse_problem
 from flashgen.target import named_target
 
@@ -319,7 +318,7 @@ class _Decoding:
 
     def explain(self) -> Selection:
         """Return which kernel that is."""
-        return explain_with_kvcache(self._given.q, self._given.k, self._given.v, **self._asked)
+        return flashgen.explain_with_kvcache(self._given.q, self._given.k, self._given.v, **self._asked)
 
     def figures(self) -> Figures:
         """Return the microseconds of calls like earlier ones: flashgen's, its kernel's launch alone, and others."""
