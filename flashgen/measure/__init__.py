@@ -6,6 +6,7 @@ The peers to measure beside are in `flashgen.measure.peers`.
 from flashgen.measure.accuracy import LSE_TINY, TINY, AccuracyReport, Oracle, accuracy_error
 from flashgen.measure.arithmetic import Precision
 from flashgen.measure.benchmark import Clock, CudaClock, HostClock, benchmark, host_time_us, quick_time
+from flashgen.measure.cache_accuracy import CacheOracle
 from flashgen.measure.cases import (
     API_LENGTHS,
     POISON,
@@ -19,6 +20,7 @@ from flashgen.measure.cases import (
     random_output_gradients,
     sampled_heads,
 )
+from flashgen.measure.decode_cases import DecodeCall, awkward_decode_shapes, random_decode_call
 from flashgen.measure.decode_reference import append_to_cache, decode_reference
 from flashgen.measure.extras import random_extras
 from flashgen.measure.gradient_accuracy import DELTA_TINY, GradientOracle, gradient_error
@@ -37,8 +39,10 @@ __all__ = [
     "POISON",
     "TINY",
     "AccuracyReport",
+    "CacheOracle",
     "Clock",
     "CudaClock",
+    "DecodeCall",
     "Floor",
     "GradientOracle",
     "Gradients",
@@ -56,6 +60,7 @@ __all__ = [
     "accuracy_error",
     "append_to_cache",
     "attention_reference",
+    "awkward_decode_shapes",
     "awkward_shapes",
     "benchmark",
     "count_visible",
@@ -70,6 +75,7 @@ __all__ = [
     "poisoned_outputs",
     "predict_us",
     "quick_time",
+    "random_decode_call",
     "random_extras",
     "random_inputs",
     "random_lse_gradients",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashgen.errors import InputError
 from flashgen.measure.arithmetic import torch_dtype
+from flashgen.measure.decode_reference import decode_entries, decode_reference
 from flashgen.measure.entries import pick_heads
 from flashgen.measure.reference import attention_reference, entries_of
 from flashgen.spec import AttentionSpec, DType, Extras
@@ -66,7 +67,8 @@ class AccuracyReport:
 
 def error_factor(spec: AttentionSpec) -> float:
     """Return how many times the error of plain PyTorch a kernel's largest error may be."""
-    return max(MAX_FACTOR, SOFTCAP_FACTOR if spec.softcap else 0.0, FP8_FACTOR if spec.dtype is DType.FP8 else 0.0)
+    fp8 = spec.dtype is DType.FP8 or spec.fp8_kv
+    return max(MAX_FACTOR, SOFTCAP_FACTOR if spec.softcap else 0.0, FP8_FACTOR if fp8 else 0.0)
 
 
 class Oracle:
@@ -94,9 +96,10 @@ class Oracle:
         Args:
             q: [batch, nheads_q, seqlen_q, head_dim_qk], or packed [tokens_q, nheads_q, head_dim_qk]; of the spec's
                 dtype.
-            k: [batch, nheads_kv, seqlen_k, head_dim_qk] or [tokens_k, nheads_kv, head_dim_qk].
+            k: [batch, nheads_kv, seqlen_k, head_dim_qk] or [tokens_k, nheads_kv, head_dim_qk]; of decoding the cache,
+                as of `decode_reference`, before anything is appended.
             v: likewise, with head_dim_v.
-            spec: what is computed.
+            spec: what is computed, of the forward or the decode phase.
             extras: its numbers and tensors.
             heads: (batch entry, query head) pairs to judge by; None is all. Outputs are handed to `judge` whole.
 
@@ -108,15 +111,13 @@ class Oracle:
         self._dtype = spec.dtype
         self._factor = error_factor(spec)
         self._heads = None if heads is None else tuple(heads)
-        self._entries = entries_of(q, k, spec, extras)
+        decode = spec.phase == "decode"
+        reference = decode_reference if decode else attention_reference
         rows = (q.shape[1], q.shape[0]) if spec.varlen else tuple(q.shape[:3])
         self._out_shape, self._lse_shape = (*q.shape[:-1], v.shape[-1]), rows
-        self._ref, self._ref_lse = attention_reference(
-            q, k, v, spec=spec, extras=extras, precision="float64", heads=heads
-        )
-        self._plain, self._plain_lse = attention_reference(
-            q, k, v, spec=spec, extras=extras, precision="input", heads=heads
-        )
+        self._ref, self._ref_lse = reference(q, k, v, spec=spec, extras=extras, precision="float64", heads=heads)
+        self._plain, self._plain_lse = reference(q, k, v, spec=spec, extras=extras, precision="input", heads=heads)
+        self._entries = decode_entries(q, spec, extras) if decode else entries_of(q, k, spec, extras)
 
     def judge(self, out: Tensor, lse: Tensor | None) -> AccuracyReport:
         """Return how far a kernel's outputs are off.
