@@ -247,10 +247,10 @@ def _host_parts(options: argparse.Namespace, problem: Problem, given: Given) -> 
     key = (mask, None, "bhsd", False, False, None, None)
     known, nothing = functional._recent, (given[0], None)
     kept, known._kinds = known._kinds, {}
-    known.keep(*given, key, lambda *call: nothing)
+    known.keep(given, key, lambda *call: nothing)
     figures = {
         "before": _fastest_us(lambda: flashgen.attention(*given, **asked)),
-        "find": _fastest_us(lambda: known.find(*given, key)),
+        "find": _fastest_us(lambda: known.find(given, key)),
         "empty": _fastest_us(lambda: torch.empty(4)),
     }
     known._kinds = kept
