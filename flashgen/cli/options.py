@@ -19,7 +19,7 @@ Preset = typing.Annotated[
         "--preset",
         metavar="NAME",
         help="A named list of problems: quick, llama3-8b, grid, features, variants, prefill, small, more; with "
-        "gradients: backward, training.",
+        "gradients: backward, training; of decoding: decode.",
     ),
 ]
 Shapes = typing.Annotated[
@@ -37,8 +37,9 @@ Phase = typing.Annotated[
     typer.Option(
         "--phase",
         metavar="LIST",
-        help="forward, backward, or forward,backward: a training step, whose forward also writes lse. A --shape that "
-        "names its phase keeps it. Default: what a problem says, and forward where it says nothing.",
+        help="forward, backward, decode, or several: forward,backward is a training step, whose forward also writes "
+        "lse. A --shape that names its phase keeps it. Default: what a problem says, and forward where it says "
+        "nothing; of a --model forward,decode.",
     ),
 ]
 Seqlens = typing.Annotated[

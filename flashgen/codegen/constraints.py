@@ -11,7 +11,14 @@ import dataclasses
 import typing
 
 from flashgen.codegen.backward_constraints import BACKWARD_CONSTRAINTS
-from flashgen.codegen.config import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import (
+    HopperForwardConfig,
+    KernelConfig,
+    TritonBackwardConfig,
+    TritonDecodeConfig,
+    TritonForwardConfig,
+)
+from flashgen.codegen.decode_constraints import DECODE_CONSTRAINTS
 from flashgen.codegen.forward_constraints import FORWARD_CONSTRAINTS
 from flashgen.codegen.hopper_constraints import HOPPER_CONSTRAINTS
 from flashgen.errors import ConfigError
@@ -48,7 +55,10 @@ class ConstraintTable(typing.Generic[ConfigT]):
 
 
 AnyTable = (
-    ConstraintTable[TritonForwardConfig] | ConstraintTable[HopperForwardConfig] | ConstraintTable[TritonBackwardConfig]
+    ConstraintTable[TritonForwardConfig]
+    | ConstraintTable[HopperForwardConfig]
+    | ConstraintTable[TritonBackwardConfig]
+    | ConstraintTable[TritonDecodeConfig]
 )
 
 _TABLES: dict[str, AnyTable] = {
@@ -60,6 +70,9 @@ _TABLES: dict[str, AnyTable] = {
     ),
     TritonBackwardConfig.template: ConstraintTable(
         config_type=TritonBackwardConfig, phase="backward", predicates=BACKWARD_CONSTRAINTS
+    ),
+    TritonDecodeConfig.template: ConstraintTable(
+        config_type=TritonDecodeConfig, phase="decode", predicates=DECODE_CONSTRAINTS
     ),
 }
 

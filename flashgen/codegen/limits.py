@@ -78,8 +78,8 @@ def alignment_reason(spec: AttentionSpec, box: int, copy: str = "loads=descripto
     `copy` is what the config calls them.
     """
     for name, dims in (("head_dim_qk", spec.head_dim_qk), ("head_dim_v", spec.head_dim_v)):
-        if dims * spec.dtype.itemsize % 16:
-            return f"rows of {name}={dims} {spec.dtype} are not a multiple of 16 bytes, as {copy} needs"
+        if dims * spec.kv_dtype.itemsize % 16:
+            return f"rows of {name}={dims} {spec.kv_dtype} are not a multiple of 16 bytes, as {copy} needs"
     if box > _MAX_DESCRIPTOR_BOX:
         return f"a tile side of {box} is more than the {_MAX_DESCRIPTOR_BOX} that {copy} moves at once"
     return None

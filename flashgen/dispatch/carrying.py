@@ -88,7 +88,7 @@ def _same_kernel(config: KernelConfig, other: KernelConfig | None) -> bool:
 def _refitted(config: KernelConfig, measured: Problem, problem: Problem, target: GpuTarget) -> Carried:
     own = Carried(config=config)
     if not isinstance(config, HopperForwardConfig | TritonBackwardConfig):
-        # No rule is known for the others: their defaults launch one head after the other.
+        # No rule is known for the others: their defaults launch one head after the other, or divide keys on the device.
         return own
     apart = abs(math.log2(_share(measured.shape) / _share(problem.shape)))
     # Of gradients, the defaults launch as many heads together under every mask.

@@ -9,7 +9,7 @@ from pathlib import Path
 from flashgen.codegen import KernelConfig, is_current
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.dispatch.carrying import carried
-from flashgen.dispatch.distance import same_occupancy, same_regime, shape_distance
+from flashgen.dispatch.distance import regimes, same_occupancy, same_regime, shape_distance
 from flashgen.dispatch.features import OTHER_KERNEL, feature_gap, shown_spec
 from flashgen.dispatch.selection import RUNGS, Refusal, Rung, Selection
 from flashgen.errors import ConfigError, NoKernelError
@@ -244,7 +244,7 @@ def _mismatch(entry: RegistryEntry, problem: Problem, target: GpuTarget) -> str 
     if entry.arch != target.arch:
         return f"compiled for {entry.arch}, not {target.arch}"
     if not entry.range.covers(problem.shape) and not same_regime(entry, problem.shape):
-        return "measured in another regime (decode, short, long)"
+        return f"measured in another regime ({', '.join(regimes(entry.spec.phase))})"
     if not entry.range.covers(problem.shape) and not same_occupancy(entry, problem.shape, target.num_sms):
         return f"measured on a grid that fills {target.num_sms} multiprocessors otherwise than this one"
     return None

@@ -6,6 +6,7 @@ import importlib
 import typing
 
 from flashgen.integrations.model_config import ModelProblems, problems_from_config, read_model_config
+from flashgen.integrations.model_decoding import decoding_from_config
 from flashgen.integrations.presets import load_presets, preset
 
 if typing.TYPE_CHECKING:
@@ -14,6 +15,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "ModelProblems",
+    "decoding_from_config",
     "RankMismatchError",
     "check_ranks",
     "load_presets",

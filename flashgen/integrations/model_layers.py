@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from flashgen.errors import InputError
-from flashgen.spec import AttentionSpec, DType, Mask, causal, full, parse_dtype
+from flashgen.spec import AttentionSpec, Causal, DType, Mask, causal, full, parse_dtype
 from flashgen.spec.masks import chunked, sliding_window
 
 # One idea under the names that model families gave it.
@@ -63,6 +63,8 @@ class AttentionLayer:
         nheads_kv: key/value heads.
         head_dim_qk: columns of Q and K.
         head_dim_v: columns of V.
+        latent: head dimensions of the one row of the cache that all heads of latent attention decode from, as K and as
+            V; None for other attention.
         base: full or causal, what is seen in a sequence that is no longer than `span`.
         window: what of it is seen in a longer one.
         span: the longest sequence of which `window` hides nothing; None is any length.
@@ -77,6 +79,7 @@ class AttentionLayer:
     nheads_kv: int
     head_dim_qk: int
     head_dim_v: int
+    latent: tuple[int, int] | None
     base: Mask
     window: Mask
     span: int | None
@@ -101,6 +104,39 @@ class AttentionLayer:
             alibi=self.alibi,
             sinks=self.sinks,
         )
+
+    def decode_spec(self, dtype: DType) -> AttentionSpec:
+        """Return what the layer computes for the next token, over a cache of any length.
+
+        Raises:
+            InputError: for head dimensions that no spec takes, or tokens that see those after them.
+        """
+        if not isinstance(self.base, Causal):
+            raise InputError("tokens see those after them: nothing is decoded")
+        dim_qk, dim_v = self.latent or (self.head_dim_qk, self.head_dim_v)
+        return AttentionSpec(
+            phase="decode",
+            dtype=dtype,
+            head_dim_qk=dim_qk,
+            head_dim_v=dim_v,
+            shared_kv=self.latent is not None,
+            # Of one query a causal mask hides nothing; a window stays, as the host knows no lengths.
+            mask=full() if self.span is None else self.base & self.window,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            sinks=self.sinks,
+        )
+
+    def shard(self, shards: int) -> tuple[int, int] | None:
+        """Return the query heads and the heads of the cache of one of so many tensor-parallel shards, if there are.
+
+        Shards that outnumber the heads of the cache have one each.
+        """
+        nheads_kv = 1 if self.latent else self.nheads_kv
+        nheads_q, rest = divmod(self.nheads_q, shards)
+        if rest or (nheads_kv % shards and shards % nheads_kv):
+            return None
+        return nheads_q, max(1, nheads_kv // shards)
 
 
 def text_part(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -181,11 +217,12 @@ def _layer(text: Mapping[str, object], kind: str, index: int) -> AttentionLayer:
     if heads is None:
         raise InputError(f"describes no attention that is known: none of {', '.join(_HEADS)} is set")
     kv_heads = _kv_heads(text, heads, index)
-    rank = _whole(text, ("kv_lora_rank",))
+    rank, latent = _whole(text, ("kv_lora_rank",)), None
     if rank is not None:
         # Latent attention (DeepSeek-V2, section 2.1): in prefill K and V are expanded to one head per query head.
         nope, rope, dim_v = (_required(text, f"{part}_head_dim") for part in ("qk_nope", "qk_rope", "v"))
-        kv_heads, dim_qk = heads, nope + rope
+        # In decoding (section 2.1.2) what expands them is absorbed into Q and the output: rows stay as they are cached.
+        kv_heads, dim_qk, latent = heads, nope + rope, (rank + rope, rank)
     else:
         dim_qk = dim_v = _head_dim(text, kind, heads, index)
     if heads % kv_heads:
@@ -199,6 +236,7 @@ def _layer(text: Mapping[str, object], kind: str, index: int) -> AttentionLayer:
         nheads_kv=kv_heads,
         head_dim_qk=dim_qk,
         head_dim_v=dim_v,
+        latent=latent,
         base=full() if _bidirectional(text) else causal(),
         window=window,
         span=span,

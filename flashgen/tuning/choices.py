@@ -7,10 +7,17 @@ import functools
 import itertools
 import typing
 
-from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig, templates_of
+from flashgen.codegen import (
+    KernelConfig,
+    TritonBackwardConfig,
+    TritonDecodeConfig,
+    TritonForwardConfig,
+    templates_of,
+)
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
+from flashgen.heuristics.decode import rows_of_tile
 from flashgen.search_space import LegalSpace, load_space
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
@@ -18,6 +25,8 @@ from flashgen.tuning.effort import Effort
 
 _MAX_NEIGHBOURS = 4
 _MAX_GUESSES = 5
+# Of rows, one tile of which does for a whole group: over what holds them.
+_MOST_SPARE_ROWS = 2
 # Of seeds: so many of a template that is written for the GPU, before one of a template that runs anywhere.
 _OWN_FOR_ONE_PORTABLE = 3
 
@@ -104,8 +113,17 @@ def _legal_space(template: str, spec: AttentionSpec, target: GpuTarget) -> Legal
 
 
 def _fitting(configs: typing.Iterable[KernelConfig], problem: Problem) -> typing.Iterator[KernelConfig]:
-    """Return those of configs that are legal for the spec which can compute the problem's shape, too."""
-    return (config for config in configs if not shape_refusal(config, problem.shape))
+    """Return those of configs that are legal for the spec which can compute the problem's shape, too, and not in vain.
+
+    Rows of a tile that no query fills cost as much as those of queries.
+    """
+    most = _MOST_SPARE_ROWS * rows_of_tile(problem.shape)
+    return (
+        config
+        for config in configs
+        if not shape_refusal(config, problem.shape)
+        and not (isinstance(config, TritonDecodeConfig) and config.block_m > most)
+    )
 
 
 def _in_turns(own: tuple[KernelConfig, ...], portable: tuple[KernelConfig, ...]) -> tuple[KernelConfig, ...]:
@@ -153,6 +171,9 @@ def _guesses(default: KernelConfig, others: typing.Sequence[KernelConfig]) -> li
 
 def _described(config: KernelConfig) -> KernelConfig | None:
     """Return the same config with descriptors in place of pointers, or None where it has none."""
-    if isinstance(config, TritonForwardConfig | TritonBackwardConfig) and config.loads == "pointer":
+    if (
+        isinstance(config, TritonForwardConfig | TritonBackwardConfig | TritonDecodeConfig)
+        and config.loads == "pointer"
+    ):
         return dataclasses.replace(config, loads="descriptor")
     return None

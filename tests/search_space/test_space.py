@@ -18,6 +18,7 @@ from flashgen.spec import AttentionSpec, DType, parse_problem
 from flashgen.target import known_targets, named_target
 
 TEMPLATE, BACKWARD, HOPPER = "triton/forward", "triton/backward", "gluon/hopper_forward"
+DECODE = "triton/decode"
 SHIPPED = (resource_dir("search_spaces") / f"{TEMPLATE}.yaml").read_text()
 SHIPPED_BACKWARD = (resource_dir("search_spaces") / f"{BACKWARD}.yaml").read_text()
 
@@ -65,6 +66,27 @@ def test_every_backward_spec_has_seeds_and_legal_configs(target):
         # Whatever file and code say of one: as many of each kind as a test has time for.
         assert all(check_config(config, spec, target) == () for config in legal.configs[::97])
         assert {"kernel", "atomic", "ordered"} == {config.dq for config in legal.configs}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("d=128 bf16", "H200"),
+        ("d=576 dv=512 shared_kv", "B200"),
+        ("d=192 dv=128 fp16", "A100"),
+        ("d=128 fp8_kv page=16", "RTX5090"),
+        ("d=256 fp32", "MI300X"),
+    ],
+)
+def test_every_decode_spec_has_seeds_and_legal_configs(words, name):
+    spec, target = parse_problem(f"h=1 sq=1 sk=64 decode {words}").spec, named_target(name)
+    legal = load_space(DECODE).legal(spec, target)
+    assert legal.seeds
+    assert set(legal.seeds) <= set(legal.configs)
+    assert len(set(legal.configs)) == len(legal.configs) >= 5
+    # Whatever file and code say of one: as many as a test has time for.
+    assert all(check_config(config, spec, target) == () for config in legal.configs[::997])
+    assert {config.schedule for config in legal.configs} == {"even", "aligned"}
 
 
 def test_alternatives_are_not_mixed():

@@ -1,0 +1,79 @@
+"""Configs for decoding that nobody tuned: what usually wins on an architecture, then what runs anywhere.
+
+None of it depends on how long the cache is: the host knows its capacity at most, and the kernel divides what is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flashgen.codegen import KernelConfig, TritonDecodeConfig
+from flashgen.codegen.config import Schedule
+from flashgen.codegen.head_tiles import next_power_of_two, tile_widths
+from flashgen.spec import AttentionSpec, DType, Problem, Shape
+from flashgen.target import GpuTarget
+
+_MOST_ROWS, _MOST_ROWS_OF_CHUNKS = 64, 128  # of one program
+_CHUNK = 64  # queries of a sequence from which on tiles of rows are many: a prefill in chunks
+_WIDE = 256  # columns of V whose sums take the registers of eight warps
+_KEYS = 64  # of one step
+_FEW_PROGRAMS, _MOST_PROGRAMS = 1, 2  # for each multiprocessor: with wide tiles, and with the others
+_DEEPEST = 4  # tiles on their way to a program
+_SPARE_BYTES = 4096  # of shared memory, for what no tile takes
+
+
+def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, ...]:
+    """Return configs to try in order, the most promising first; some may break a constraint of the target."""
+    spec, shape = problem.spec, problem.shape
+    if spec.dtype is DType.FP32:
+        # IEEE products run on the plain cores: small tiles of many warps keep the operands in registers.
+        return (_config(16, 32, 8, 1), *safe_configs())
+    rows = rows_of_tile(shape)
+    chunks = shape.seqlen_q >= _CHUNK and rows >= _MOST_ROWS
+    wide = spec.head_dim_v >= _WIDE
+    num_warps = 8 if (wide and rows >= _MOST_ROWS) or rows > _MOST_ROWS else 4
+    programs = _FEW_PROGRAMS if wide or chunks else _MOST_PROGRAMS
+    first = []
+    for block_n in (_KEYS, _KEYS // 2):
+        stages = _stages(spec, target, block_n, programs)
+        config = _config(rows, block_n, num_warps, stages, programs, "aligned" if chunks else "even")
+        first.append(dataclasses.replace(config, head_tiles=2) if _is_cut(spec) else config)
+    if target.has_tma:
+        first = [*(dataclasses.replace(config, loads="descriptor") for config in first), *first]
+    return (*first, *safe_configs())
+
+
+def safe_configs() -> tuple[KernelConfig, ...]:
+    """Return small configs that fit every GPU, every stride and every page size, for a last resort."""
+    small = (_config(16, 32, 4, 1), _config(16, 32, 8, 1), _config(16, 16, 1, 1), _config(16, 16, 2, 1))
+    return (*small, *(dataclasses.replace(config, head_tiles=2) for config in small))
+
+
+def rows_of_tile(shape: Shape) -> int:
+    """Return the rows of the narrowest tile that holds the queries of a group, or of the widest that is any good."""
+    most = _MOST_ROWS_OF_CHUNKS if shape.seqlen_q >= _CHUNK else _MOST_ROWS
+    return min(most, next_power_of_two(max(1, shape.seqlen_q * shape.group)))
+
+
+def _stages(spec: AttentionSpec, target: GpuTarget, block_n: int, programs: int) -> int:
+    """Return how many tiles of K and V so many programs have room for on one multiprocessor."""
+    width_qk, width_v = map(sum, tile_widths(spec, 2))
+    tile = block_n * (width_qk if spec.shared_kv else width_qk + width_v) * spec.kv_dtype.itemsize
+    return max(1, min(_DEEPEST, (target.smem_bytes // programs - _SPARE_BYTES) // tile))
+
+
+def _is_cut(spec: AttentionSpec) -> bool:
+    return any(len(widths) == 2 for widths in tile_widths(spec, 2))
+
+
+def _config(
+    block_m: int, block_n: int, num_warps: int, num_stages: int, programs: int = 2, schedule: Schedule = "even"
+) -> TritonDecodeConfig:
+    return TritonDecodeConfig(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        programs=programs,
+        schedule=schedule,
+    )
