@@ -18,7 +18,6 @@ from flashgen.spec.problem import Rotary
 
 _FP8 = torch.float8_e4m3fn
 _HALF = (torch.float16, torch.bfloat16)
-_ROTARY_STEP = 16
 # What one query sees, whatever the lengths.
 _EVERYTHING_BEHIND = Causal()
 
@@ -254,7 +253,6 @@ def _check_rotary(q: torch.Tensor, shape: Shape, tensors: DecodeTensors) -> None
         raise InputError("rotary_cos and rotary_sin are given together or not at all")
     if tensors.k_new is None:
         raise InputError("rotary_cos and rotary_sin turn q and the keys that are appended: give k and v, too")
-    widest = q.shape[-1] // _ROTARY_STEP * _ROTARY_STEP
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         if table.dim() != 2 or table.dtype not in (q.dtype, torch.float32) or table.shape != cos.shape:
             raise InputError(
@@ -265,10 +263,9 @@ def _check_rotary(q: torch.Tensor, shape: Shape, tensors: DecodeTensors) -> None
     if cos.dtype != sin.dtype:
         raise InputError(f"rotary_cos and rotary_sin must have one dtype, got {cos.dtype} and {sin.dtype}")
     rotary_dim = 2 * cos.shape[1]
-    if not 0 < rotary_dim <= widest or rotary_dim % _ROTARY_STEP:
+    if not 0 < rotary_dim <= q.shape[-1]:
         raise InputError(
-            f"rotary_dim, twice the columns of rotary_cos, must be a multiple of {_ROTARY_STEP} up to head_dim "
-            f"{q.shape[-1]}, got {rotary_dim}"
+            f"rotary_dim, twice the columns of rotary_cos, must be from 2 to head_dim {q.shape[-1]}, got {rotary_dim}"
         )
     if cos.shape[0] < shape.seqlen_k:
         raise InputError(

@@ -6,9 +6,10 @@ import dataclasses
 
 import torch
 
+from flashgen.codegen import TritonDecodeConfig
 from flashgen.codegen.constraints import require_legal
 from flashgen.errors import UnsupportedError
-from flashgen.launch.decode_pending import interpret_decode
+from flashgen.launch import interpret_decode
 from flashgen.measure import append_to_cache, decode_reference
 from flashgen.ops.call import decode_config, heads_first
 from flashgen.ops.cpu import INTERPRETED_AS, is_interpreting, say_eager
@@ -64,5 +65,6 @@ def _interpret(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if problem.spec.lse else None
     tensors = {**views, "out": out, **({} if lse is None else {"lse": lse})}
     config = choose(problem, INTERPRETED_AS, options).config
+    assert isinstance(config, TritonDecodeConfig)
     interpret_decode(tensors, problem=problem, config=config, extras=extras)
     return out, lse

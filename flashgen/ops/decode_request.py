@@ -103,11 +103,11 @@ def decode_arguments(
         k_new=check_tensor("k", request.k),
         v_new=check_tensor("v", request.v),
         cache_seqlens=_lengths(q, k_cache, request),
-        page_table=dense("page_table", request.page_table),
+        page_table=_rows("page_table", request.page_table),
         cache_batch_idx=dense("cache_batch_idx", request.cache_batch_idx),
         cache_leftpad=dense("cache_leftpad", request.cache_leftpad),
-        rotary_cos=dense("rotary_cos", request.rotary_cos),
-        rotary_sin=dense("rotary_sin", request.rotary_sin),
+        rotary_cos=_rows("rotary_cos", request.rotary_cos),
+        rotary_sin=_rows("rotary_sin", request.rotary_sin),
         alibi_slopes=as_float("alibi_slopes", request.alibi_slopes),
         sinks=as_float("sinks", request.sinks),
         k_descale=k_descale,
@@ -145,6 +145,12 @@ def refuse_gradients(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
             f"{', '.join(asked)} requires a gradient, and attention over a cache has none: call under torch.no_grad() "
             "or torch.inference_mode(), or take flashgen.attention for training"
         )
+
+
+def _rows(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a table whose rows are contiguous, however far they lie apart."""
+    tensor = check_tensor(name, value)
+    return tensor if tensor is None or tensor.dim() == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _lengths(q: torch.Tensor, k_cache: torch.Tensor, request: DecodeRequest) -> torch.Tensor:

@@ -7,11 +7,9 @@ import typing
 
 import torch
 
-from flashgen.codegen import render
+from flashgen.codegen import TritonDecodeConfig, render
 from flashgen.dispatch import Selection
-from flashgen.launch import detect_target, readable
-from flashgen.launch.decode_pending import DecodeLaunch
-from flashgen.launch.operands import Operands
+from flashgen.launch import DecodeLaunch, DecodeOperands, detect_target, readable
 from flashgen.ops.call import Tensors, heads_first
 from flashgen.ops.decode_call import DecodeOptions, DecodeTensors
 from flashgen.ops.decode_checks import check_in_place, decode_extras, decode_problem
@@ -49,7 +47,7 @@ def prepare_decode(
         say_copied(", ".join(copied))
     if copied or extras.softmax_scale < 0:
         return _with_inputs(extras, options)
-    operands = decode_operands(q, k_cache, v_cache, problem, options.layout)
+    operands = decode_operands(q, k_cache, v_cache, problem, tensors, options)
     return _Bound(choose(problem, detect_target(q.device), options, operands), operands, q, extras, options)
 
 
@@ -79,12 +77,19 @@ def lse_size(q: torch.Tensor, layout: str) -> tuple[int, ...]:
 
 
 def decode_operands(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, problem: Problem, layout: str
-) -> Operands:
-    """Return the strides that a kernel meets: of the caches as they are, of Q as it is or as it is copied."""
-    given = {"q": q if readable(q) else torch.empty(q.shape, device="meta"), "k": k_cache, "v": v_cache}
-    given["out"] = torch.empty((*q.shape[:-1], problem.spec.head_dim_v), device="meta")
-    return Operands.of({name: heads_first(t, layout) for name, t in given.items()})
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    problem: Problem,
+    tensors: DecodeTensors,
+    options: DecodeOptions,
+) -> DecodeOperands:
+    """Return the strides that a kernel meets: of the caches as they are, of the rest as it is or as it is copied."""
+    met = {name: t if readable(t) else torch.empty(t.shape, device="meta") for name, t in _movable(q, tensors).items()}
+    out = torch.empty((*q.shape[:-1], problem.spec.head_dim_v), device="meta")
+    named = {"q": met["q"], "k": k_cache, "v": v_cache, "out": out}
+    extras = decode_extras(problem, tensors._replace(k_new=met.get("k"), v_new=met.get("v")), options)
+    return DecodeOperands.of({name: heads_first(t, options.layout) for name, t in named.items()}, extras)
 
 
 def _movable(q: torch.Tensor, tensors: DecodeTensors) -> dict[str, torch.Tensor]:
@@ -124,10 +129,11 @@ class _Bound:
     """A launch bound to one kind of call; allocates the outputs and what parts of the keys leave in between."""
 
     def __init__(
-        self, selection: Selection, operands: Operands, q: torch.Tensor, extras: Extras, options: DecodeOptions
+        self, selection: Selection, operands: DecodeOperands, q: torch.Tensor, extras: Extras, options: DecodeOptions
     ) -> None:
         problem, config = selection.problem, selection.config
         spec = problem.spec
+        assert isinstance(config, TritonDecodeConfig)
         self._launch = DecodeLaunch(
             plan=render(spec, config).plan,
             compiled=compiled_kernel(spec, config, selection.target),
@@ -141,6 +147,7 @@ class _Bound:
         self._index = q.device.index
         self._out = NewTensor((*q.shape[:-1], spec.head_dim_v), q.dtype)
         self._lse = NewTensor(lse_size(q, options.layout), torch.float32) if spec.lse else None
+        self._partial = NewTensor((self._launch.partial_size,), torch.float32)
 
     def __call__(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tensors: DecodeTensors
@@ -150,5 +157,5 @@ class _Bound:
                 return self(q, k_cache, v_cache, tensors)
         out = self._out(q)
         lse = None if self._lse is None else self._lse(q)
-        self._launch(q, k_cache, v_cache, out, lse, tensors)
+        self._launch(q, k_cache, v_cache, out, lse, self._partial(q), tensors)
         return out, lse

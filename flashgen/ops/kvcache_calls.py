@@ -50,7 +50,7 @@ def explain_call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, 
     problem = decode_problem(q, k_cache, v_cache, tensors, options)
     if not q.is_cuda:
         return choose(problem, INTERPRETED_AS, options)
-    operands = decode_operands(q, k_cache, v_cache, problem, options.layout)
+    operands = decode_operands(q, k_cache, v_cache, problem, tensors, options)
     return choose(problem, detect_target(q.device), options, operands)
 
 
