@@ -67,6 +67,14 @@ def test_pages_and_chunks_change_no_token(example: types.ModuleType, tmp_path: P
     assert other != tokens
 
 
+def test_the_kernel_itself_gives_these_tokens(example: types.ModuleType, tmp_path: Path) -> None:
+    few = ["--batch", "2", "--prompt", "6", "--tokens", "3", "--chunk", "4", "--layers", "1"]
+    with flashgen.interpreting():
+        found = record(example, tmp_path / "a.json", *few, "--device", "cpu", "--attention", "flashgen")
+    assert found["tokens"]["flashgen"] == found["tokens"]["eager"]
+    assert found["agreements"]["flashgen"]["logit_difference"] < found["margin"]
+
+
 def lengths_of_others(call: dict[str, typing.Any]) -> None:
     call["cache_seqlens"] = call["cache_seqlens"].flip(0)
 
