@@ -5,7 +5,7 @@ it, and finding the kernel again. And what the first call of a process costs, im
 shipped registry knows: with empty caches, with Triton's alone, and with all that an earlier process left.
 
 Without a GPU the kernels are those of `--target`, and what needs one is left out: launches, and loading the binary. A
-`--shape` of the decode phase asks the same of `flashgen.attention_with_kvcache`, on a GPU alone, and has rows of others.
+`--shape` of decoding asks the same of `flashgen.attention_with_kvcache`, on a GPU alone, and calls others beside it.
 Nothing is tuned and nothing is asserted. First calls are medians of fresh processes, calls of batches in one process.
 """
 
@@ -92,7 +92,8 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=SHAPE, help=f"a dense problem of Q, K, V and a mask, or one of decoding; default: {SHAPE}")
+    shape_help = f"a dense problem of Q, K, V and a mask, or one of decoding; default: {SHAPE}"
+    parser.add_argument("--shape", default=SHAPE, help=shape_help)
     parser.add_argument("--target", default="H200", help="whose kernels, where no GPU is")
     parser.add_argument("--repeat", type=int, default=3, help="processes to take the median of")
     parser.add_argument("--only", choices=("calls", "first"), help="answer one of the two questions")
