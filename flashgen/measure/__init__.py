@@ -25,6 +25,7 @@ from flashgen.measure.decode_reference import append_to_cache, decode_reference
 from flashgen.measure.extras import random_extras
 from flashgen.measure.gradient_accuracy import DELTA_TINY, GradientOracle, gradient_error
 from flashgen.measure.gradients import Gradients, gradient_reference
+from flashgen.measure.graph_clock import GraphClock, Rotation, rotation_size
 from flashgen.measure.outcome import Measurement, Outcome, Rejected, Stage, Timing
 from flashgen.measure.pairs import count_visible
 from flashgen.measure.philox import dropout_keep
@@ -46,6 +47,7 @@ __all__ = [
     "Floor",
     "GradientOracle",
     "Gradients",
+    "GraphClock",
     "HostClock",
     "Layout",
     "Measurement",
@@ -55,6 +57,7 @@ __all__ = [
     "Prediction",
     "Race",
     "Rejected",
+    "Rotation",
     "Stage",
     "Timing",
     "accuracy_error",
@@ -80,6 +83,7 @@ __all__ = [
     "random_inputs",
     "random_lse_gradients",
     "random_output_gradients",
+    "rotation_size",
     "run_race",
     "sampled_heads",
     "tbps",

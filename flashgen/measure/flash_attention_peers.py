@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashgen.measure.autograd_calls import Attend
+from flashgen.measure.decode_cases import DecodeCall
 from flashgen.measure.peer import HALF, first_line, flash_mask, unsupported
 from flashgen.spec import DType, Extras, Problem
 
@@ -43,6 +44,8 @@ _FA3 = _Package(
     features=frozenset({"softcap", "varlen", "descale"}),
     open_side=-1,
 )
+# And pages of any size.
+_FA3_DECODE = frozenset({"softcap", "append", "leftpad", "batch_idx", "rotary=halves", "rotary=pairs"})
 _FA4 = _Package(
     modules=("flash_attn.cute",),
     dtypes=HALF,
@@ -59,6 +62,41 @@ def bind_fa3(problem: Problem, extras: Extras, device: torch.device) -> Attend |
 def bind_fa4(problem: Problem, extras: Extras, device: torch.device) -> Attend | str:
     """Return FlashAttention-4's function for the problem, or why there is none."""
     return _bind(_FA4, problem, extras)
+
+
+def bind_fa3_decode(call: DecodeCall) -> Attend | str:
+    """Return FlashAttention-3's function of queries and a cache, or why there is none.
+
+    It is given what the call gives; what a build lacks (pages, windows, appending) it says when it is called.
+    """
+    spec, extras = call.problem.spec, call.extras
+    mask = unsupported(spec, dtypes=HALF, features=_FA3_DECODE | {f"page={spec.page_size}"}) or flash_mask(call.problem)
+    if isinstance(mask, str):
+        return mask
+    function = _imported(_FA3.modules, "flash_attn_with_kvcache")
+    if isinstance(function, str):
+        return function
+    causal, *window = mask
+    given = {
+        "softcap": extras.softcap if spec.softcap else None,
+        "page_table": extras.page_table,
+        "cache_batch_idx": extras.cache_batch_idx,
+        "cache_leftpad": extras.cache_leftpad,
+        "k": None if extras.k_new is None else extras.k_new.transpose(1, 2),
+        "v": None if extras.v_new is None else extras.v_new.transpose(1, 2),
+        "rotary_cos": extras.rotary_cos,
+        "rotary_sin": extras.rotary_sin,
+        "rotary_interleaved": spec.rotary == "pairs" if spec.rotary else None,
+    }
+    decode = functools.partial(
+        function,
+        cache_seqlens=extras.cache_seqlens,
+        softmax_scale=extras.softmax_scale,
+        causal=causal,
+        window_size=tuple(window),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return lambda q, k, v: _out(decode(*(x.transpose(1, 2) for x in (q, k, v)))).transpose(1, 2)
 
 
 def _bind(package: _Package, problem: Problem, extras: Extras) -> Attend | str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from flashgen.measure.autograd_calls import Attend, Run, bind_attend
+from flashgen.measure.decode_cases import DecodeCall
 from flashgen.spec import AttentionSpec, Causal, DType, Extras, Full, Problem
 from flashgen.spec.masks import SlidingWindow
 
 Make = Callable[[Tensor, Tensor, Tensor, Problem, Extras], "Run | str"]
+
+MakeDecode = Callable[[Sequence[DecodeCall]], "tuple[Run, ...] | str"]
+"""From copies of one decode call to a run of each, or why there are none."""
 
 Bind = Callable[[Problem, Extras, torch.device], "Attend | str"]
 """From a problem, what else its call gives and a device to the implementation's function, or why it has none."""
@@ -32,10 +36,13 @@ class Peer:
             head_dim_v, or of a backward problem (dq, dk, dv), like q, k and v; or the reason why this peer cannot run
             the problem. Its other device work (a block mask, the forward before a backward pass) is done in `make`. A
             deterministic problem is run twice, and refused where the bits differ.
+        make_decode: takes a call of a decode problem and copies of it, and returns a run of each, which gives (out,),
+            or the reason.
     """
 
     name: str
     make: Make
+    make_decode: MakeDecode = lambda calls: f"no adapter for {calls[0].problem.spec.phase}"
 
 
 def gpu_peer(name: str, bind: Bind) -> Peer:
@@ -57,10 +64,15 @@ def gpu_peer(name: str, bind: Bind) -> Peer:
                 torch.cuda.synchronize()
             # A peer is foreign code: whatever it raises is a reason, and the comparison goes on without it.
             except Exception as error:
-                return " ".join([f"{name}: {first_line(error)}", *_causes([str(w.message) for w in caught])])
+                return f"{name}: {reasons_of(error, caught)}"
         return run
 
     return Peer(name=name, make=make)
+
+
+def reasons_of(error: BaseException, caught: Sequence[warnings.WarningMessage]) -> str:
+    """Return what an exception says, and what was warned about before it."""
+    return " ".join([first_line(error), *_causes([str(warning.message) for warning in caught])])
 
 
 def first_line(error: BaseException) -> str:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 
-from flashgen.measure.flash_attention_peers import bind_fa3, bind_fa4
+from flashgen.measure.decode_peers import BindDecode, decode_peer, through_forward
+from flashgen.measure.flash_attention_peers import bind_fa3, bind_fa3_decode, bind_fa4
 from flashgen.measure.flex_peer import bind_flex
-from flashgen.measure.peer import Peer, gpu_peer
+from flashgen.measure.peer import Bind, Peer, gpu_peer
 from flashgen.measure.sdpa_peers import bind_cudnn, bind_efficient, bind_flash
 
 __all__ = ["CUDNN", "EFFICIENT", "FA3", "FA4", "FLASH", "FLEX", "PEERS", "Peer", "default_baselines"]
 
-CUDNN = gpu_peer("cudnn", bind_cudnn)
-FLASH = gpu_peer("flash", bind_flash)
-EFFICIENT = gpu_peer("efficient", bind_efficient)
-FLEX = gpu_peer("flex", bind_flex)
-FA3 = gpu_peer("fa3", bind_fa3)
-FA4 = gpu_peer("fa4", bind_fa4)
+
+def _peer(name: str, bind: Bind, bind_decode: BindDecode | None = None) -> Peer:
+    decode = decode_peer(name, through_forward(bind) if bind_decode is None else bind_decode)
+    return dataclasses.replace(gpu_peer(name, bind), make_decode=decode)
+
+
+CUDNN = _peer("cudnn", bind_cudnn)
+FLASH = _peer("flash", bind_flash)
+EFFICIENT = _peer("efficient", bind_efficient)
+FLEX = _peer("flex", bind_flex)
+FA3 = _peer("fa3", bind_fa3, bind_fa3_decode)
+FA4 = _peer("fa4", bind_fa4)
 
 PEERS: Mapping[str, Peer] = {peer.name: peer for peer in (CUDNN, FLASH, EFFICIENT, FLEX, FA3, FA4)}
 """Every peer by name."""
