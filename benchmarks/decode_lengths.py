@@ -5,24 +5,25 @@ reading the keys and values in use, at the bandwidth that a large copy reaches o
 in pages, which lie in no order. The graph of a cache is captured once, with lengths that are all alike; each batch then
 changes them in place. That of `anew us` was captured with the batch's own.
 
-Times are medians of CUDA graph replays on a cold L2 cache, in interleaved rounds. Without a GPU calls are timed as they
-are, by the host's clock: nothing but that they run can be learned from it.
+Times are medians of CUDA graph replays in interleaved rounds, over so many copies of the caches that the L2 cache holds
+none of them. Without a GPU calls are timed as they are, by the host's clock: only that they run can be learned from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 import flashgen
 from flashgen.cli.output import print_json, print_table
-from flashgen.measure import Clock, CudaClock, HostClock, benchmark
+from flashgen.measure import Clock, GraphClock, HostClock, Rotation, benchmark, rotation_size
 from flashgen.spec import Problem, parse_problem
 
 SHAPE = "b=16 hq=32 hkv=8 sq=1 sk=65536 d=128 full bf16"
@@ -54,58 +55,36 @@ class Figure:
 
 
 class Cache:
-    """A cache of one kind, the lengths in it, and calls over them."""
+    """Caches of one kind, the lengths of the sequences in them, and calls over them."""
 
     def __init__(self, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, page_size: int) -> None:
-        """Take K and V of [batch, seqlen_k, heads, head_dim] as they are, or as pages in an order of their own."""
+        """Take K and V of [copies, batch, seqlen_k, heads, head_dim] as they are, or as pages in no order."""
         self.name = f"pages of {page_size}" if page_size else "contiguous"
-        self.mask, self.q, self.page_table = problem.spec.mask, q, None
-        self.lengths = torch.full(k.shape[:1], k.shape[1] // 2, dtype=torch.int32, device=q.device)
+        copies, batch, capacity = k.shape[:3]
+        self._mask, self._q, self._page_table = problem.spec.mask, q, None
+        self._lengths = torch.full((batch,), capacity // 2, dtype=torch.int32, device=q.device)
         if page_size:
-            count = k.shape[0] * k.shape[1] // page_size
+            count = batch * capacity // page_size
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-            self.page_table = order.to(q.device, torch.int32).view(k.shape[0], -1)
-            k, v = (t.view(count, page_size, *t.shape[2:]) for t in (k, v))
-        self.k, self.v = k, v
-        self.replay = self.captured()
+            self._page_table = order.to(q.device, torch.int32).view(batch, -1)
+            k, v = (t.view(copies, count, page_size, *t.shape[3:]) for t in (k, v))
+        self.calls = Rotation(calls=tuple(functools.partial(self._call, *each) for each in zip(k, v, strict=True)))
 
-    def call(self) -> torch.Tensor:
-        """Return attention over the keys in use."""
+    def _call(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = flashgen.attention_with_kvcache(
-            self.q,
-            self.k,
-            self.v,
-            cache_seqlens=self.lengths,
-            page_table=self.page_table,
-            mask=self.mask,
+            self._q,
+            k,
+            v,
+            cache_seqlens=self._lengths,
+            page_table=self._page_table,
+            mask=self._mask,
             layout="bshd",
         )
         return out
 
-    def captured(self) -> Callable[[], torch.Tensor]:
-        """Return what replays a CUDA graph of the call; the call itself where there is no GPU."""
-        if not self.q.is_cuda:
-            return self.call
-        # Compiles what is to be compiled.
-        self.call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self.call()
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return out
-
-        return replay
-
     def use(self, lengths: Sequence[int]) -> None:
-        """Change the lengths in place.
-
-        Raises:
-            SystemExit: if a replay then gives something else than a call.
-        """
-        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-        torch.testing.assert_close(self.replay(), self.call(), msg=lambda said: f"{self.name}: a stale graph: {said}")
+        """Change the lengths in place."""
+        self._lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
 
 
 def main() -> None:
@@ -116,10 +95,9 @@ def main() -> None:
     if wrong:
         raise SystemExit(f"--page-sizes must divide sk={problem.shape.seqlen_k}, got {', '.join(map(str, wrong))}")
     device = torch.device(options.device)
-    clock: Clock = CudaClock(device) if device.type == "cuda" else HostClock()
-    copied_tbps = copy_tbps(clock, device, options.copy_mib)
+    copied_tbps = _copy_tbps(device, options.copy_mib)
     with torch.no_grad():
-        figures = _measured(problem, options, device, clock, copied_tbps)
+        figures = _measured(problem, options, device, copied_tbps)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     if options.json:
         print_json(
@@ -156,15 +134,20 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(",") if word)
 
 
-def copy_tbps(clock: Clock, device: torch.device, mib: int) -> float:
+def _clock(device: torch.device) -> Clock:
+    """Return a clock that has captured nothing yet."""
+    return GraphClock(device) if device.type == "cuda" else HostClock()
+
+
+def _copy_tbps(device: torch.device, mib: int) -> float:
     """Return what copying so many MiB moves, read and written, in TB/s."""
     source = torch.zeros(mib << 20, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
-    us = statistics.median(clock.samples_us(lambda: copy.copy_(source), _COPIES))
+    us = statistics.median(_clock(device).samples_us(lambda: copy.copy_(source), _COPIES))
     return 2 * source.numel() / us * 1e-6
 
 
-def batches(batch: int, longest: int, short: int, draws: int) -> Mapping[str, tuple[int, ...]]:
+def _batches(batch: int, longest: int, short: int, draws: int) -> Mapping[str, tuple[int, ...]]:
     """Return the lengths of the sequences of each batch that is measured, by name."""
     found = {"all alike": (longest,) * batch, f"one of {longest}": (longest, *(short,) * (batch - 1))}
     for seed in range(draws):
@@ -174,38 +157,44 @@ def batches(batch: int, longest: int, short: int, draws: int) -> Mapping[str, tu
     return found
 
 
-def _measured(
-    problem: Problem, options: argparse.Namespace, device: torch.device, clock: Clock, copied_tbps: float
-) -> list[Figure]:
+def _measured(problem: Problem, options: argparse.Namespace, device: torch.device, copied_tbps: float) -> list[Figure]:
     spec, shape = problem.spec, problem.shape
+    mixes = _batches(shape.batch, shape.seqlen_k, options.short, options.draws)
+    row_bytes = shape.nheads_kv * (spec.head_dim_qk + spec.head_dim_v) * spec.dtype.itemsize
+    fewest_bytes = min(map(sum, mixes.values())) * row_bytes
+    copies = rotation_size(fewest_bytes, device) if device.type == "cuda" else 1
     chance = torch.Generator(device).manual_seed(0)
 
-    def drawn(seqlen: int, heads: int, dim: int) -> torch.Tensor:
-        sizes = (shape.batch, seqlen, heads, dim)
+    def drawn(*sizes: int) -> torch.Tensor:
         return torch.randn(sizes, dtype=getattr(torch, spec.dtype.torch_name), device=device, generator=chance)
 
-    q = drawn(shape.seqlen_q, shape.nheads_q, spec.head_dim_qk)
-    k = drawn(shape.seqlen_k, shape.nheads_kv, spec.head_dim_qk)
-    v = drawn(shape.seqlen_k, shape.nheads_kv, spec.head_dim_v)
+    q = drawn(shape.batch, shape.seqlen_q, shape.nheads_q, spec.head_dim_qk)
+    k = drawn(copies, shape.batch, shape.seqlen_k, shape.nheads_kv, spec.head_dim_qk)
+    v = drawn(copies, shape.batch, shape.seqlen_k, shape.nheads_kv, spec.head_dim_v)
     caches = [Cache(problem, q, k, v, page_size) for page_size in (0, *options.page_sizes)]
-    row_bytes = shape.nheads_kv * (spec.head_dim_qk + spec.head_dim_v) * spec.dtype.itemsize
+    calls = {cache.name: cache.calls for cache in caches}
+    kept = _clock(device)
+    for call in calls.values():
+        kept.samples_us(call, 1)
+
     figures = []
-    for name, lengths in batches(shape.batch, shape.seqlen_k, options.short, options.draws).items():
-        candidates: dict[str, Callable[[], object]] = {}
+    for name, lengths in mixes.items():
         for cache in caches:
             cache.use(lengths)
-            candidates |= {cache.name: cache.replay, f"{cache.name}, anew": cache.captured()}
-        timings = benchmark(candidates, clock=clock, rounds=_ROUNDS, target_ms=options.target_ms)
+        timings, anew = (
+            benchmark(calls, clock=clock, rounds=_ROUNDS, target_ms=options.target_ms)
+            for clock in (kept, _clock(device))
+        )
         figures += [
             Figure(
                 lengths=name,
-                cache=cache.name,
+                cache=cache,
                 keys=sum(lengths),
-                us=timings[cache.name].median_us,
-                anew_us=timings[f"{cache.name}, anew"].median_us,
+                us=timings[cache].median_us,
+                anew_us=anew[cache].median_us,
                 bound_us=sum(lengths) * row_bytes / copied_tbps * 1e-6,
             )
-            for cache in caches
+            for cache in calls
         ]
     return figures
 

@@ -334,11 +334,11 @@ class _Decoding:
             "allocate": lambda: allocate(given.q),
         }
         for peer in _BESIDE:
-            made = peer.make(given.q, given.k, given.v, given.problem, given.extras)
+            made = peer.make_decode((given,))
             if isinstance(made, str):
                 note(made)
             else:
-                called[peer.name] = made
+                (called[peer.name],) = made
         figures = _in_turns(called) | {"empty": _fastest_us(lambda: torch.empty(4))}
         return figures | {"new": host_time_us(self.explain, repeats=20)}
 

@@ -18,7 +18,7 @@ The model is Llama 3's (RMSNorm, rotary positions, grouped-query attention, SwiG
 what one of four GPUs holds of an 8B model under tensor parallelism, without the communication. flashgen runs what its
 registry has; for its best speed, tune first:
 
-    flashgen tune --shape "b=16 hq=8 hkv=2 sq=1 sk=4096 d=128 causal bf16" --phase decode
+    flashgen tune --shape "b=16 hq=8 hkv=2 sq=1 sk=4096 d=128 full bf16" --phase decode
 """
 
 from __future__ import annotations
