@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,12 +155,17 @@ def run_each(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """A run beside eager attention: where the tokens first differ, [sequence, step], and how far the best logits are.
+    """A run beside eager attention.
 
-    After a token that differs, the logits are of other texts: only those before it count.
+    Attributes:
+        first_difference: where the tokens differ first, [sequence, step], or None.
+        margin_there: how far apart eager attention's best two logits are there.
+        logit_difference: how far the best logits differ at most. After a token that differs, logits are of other texts:
+            only those before it count.
     """
 
     first_difference: list[int] | None
+    margin_there: float | None
     logit_difference: float
 
 
@@ -169,10 +173,12 @@ def compare(run: Generation, eager: Generation) -> Agreement:
     """Return how a run agrees with eager attention."""
     same = (run.tokens == eager.tokens).cumprod(dim=1).bool()
     gaps = (run.best - eager.best)[..., 0].abs()[same]
-    differing = (~same).nonzero()
+    margins = eager.best[..., 0] - eager.best[..., 1]
+    first = next(iter((~same).nonzero().tolist()), None)
     return Agreement(
-        first_difference=differing[0].tolist() if len(differing) else None,
-        logit_difference=float(gaps.max()) if len(gaps) else math.nan,
+        first_difference=first,
+        margin_there=None if first is None else float(margins[first[0], first[1]]),
+        logit_difference=float(gaps.max()) if len(gaps) else 0.0,
     )
 
 
@@ -248,7 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"float32: the best two logits of eager attention are at least {margin:.1e} apart")
     for name, agreement in agreements.items():
         first = agreement.first_difference
-        said = f"all {eager.tokens.numel()} tokens equal eager's" if first is None else f"differs first at {first}"
+        said = f"all {eager.tokens.numel()} tokens equal eager's"
+        if first is not None:
+            said = f"differs first at {first}, where eager's best two are {agreement.margin_there:.1e} apart"
         print(f"{name}: {said}; the best logit by at most {agreement.logit_difference:.1e}", flush=True)
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -93,7 +93,10 @@ def without_causal(call: dict[str, typing.Any]) -> None:
 
 @pytest.mark.parametrize("fault", [lengths_of_others, pages_out_of_order, positions_of_neighbours, without_causal])
 def test_a_fault_in_a_call_is_told_by_the_tokens(
-    example: types.ModuleType, monkeypatch: pytest.MonkeyPatch, fault: Callable[[dict[str, typing.Any]], None]
+    example: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: Callable[[dict[str, typing.Any]], None],
 ) -> None:
     right = flashgen.attention_with_kvcache
 
@@ -104,6 +107,7 @@ def test_a_fault_in_a_call_is_told_by_the_tokens(
     monkeypatch.setattr(flashgen, "attention_with_kvcache", wrong)
     with pytest.raises(SystemExit, match="tokens differ from eager attention's: flashgen"):
         example.main([*SMALL, "--device", "cpu", "--attention", "flashgen"])
+    assert "flashgen: differs first at [" in capsys.readouterr().out
 
 
 def test_pages_come_from_a_free_list_and_go_back(example: types.ModuleType, model: types.ModuleType) -> None:
