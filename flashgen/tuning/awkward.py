@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from flashgen.codegen import HopperForwardConfig, KernelConfig
-from flashgen.measure import awkward_shapes
+from flashgen.measure import awkward_decode_shapes, awkward_shapes
 from flashgen.spec import Problem, Shape
 
 # For each program on a multiprocessor: more than one on each of 132 takes, so that programs go on to a second tile.
@@ -17,7 +17,8 @@ def awkward_for(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
 
     Programs that take tile after tile get one shape of many tiles, too.
     """
-    shapes = dict.fromkeys(shape for blocks in config.blocks for shape in awkward_shapes(problem, *blocks))
+    awkward = awkward_decode_shapes if problem.spec.phase == "decode" else awkward_shapes
+    shapes = dict.fromkeys(shape for blocks in config.blocks for shape in awkward(problem, *blocks))
     many = [_many_tiles(problem, config)] if isinstance(config, HopperForwardConfig) else []
     # Nothing is launched without keys.
     return (*(shape for shape in shapes if shape.seqlen_k), *many)

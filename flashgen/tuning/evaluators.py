@@ -11,7 +11,7 @@ from flashgen.compile import CompileReport
 from flashgen.errors import FlashgenError
 from flashgen.measure import Outcome, Rejected, Timing
 from flashgen.registry import Origin
-from flashgen.spec import AttentionSpec, Problem
+from flashgen.spec import AttentionSpec, Phase, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.full_disk import says_disk_is_full
 from flashgen.tuning.tried import Tried
@@ -47,13 +47,14 @@ class Evaluator(typing.Protocol):
 
     Attributes:
         origin: what entries say of their numbers.
-        timing: how the numbers come about.
         reserve_s: about how long `final` with up to `USUAL_FINALISTS`, and `confirm`, take.
     """
 
     origin: Origin
-    timing: str
     reserve_s: float
+
+    def timing(self, phase: Phase) -> str:
+        """Return how the numbers of a phase come about."""
 
     @property
     def connections(self) -> list[Connection]:

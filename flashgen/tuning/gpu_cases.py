@@ -18,19 +18,24 @@ from flashgen.launch import bind_forward, detect_target
 from flashgen.measure import (
     POISON,
     AccuracyReport,
+    CacheOracle,
+    DecodeCall,
     GradientOracle,
     Gradients,
     Oracle,
     attention_reference,
     poisoned_gradients,
     poisoned_outputs,
+    random_decode_call,
     random_extras,
     random_inputs,
     random_lse_gradients,
     random_output_gradients,
     sampled_heads,
 )
+from flashgen.measure.decode_reference import cache_places
 from flashgen.measure.gradients import bias_sizes
+from flashgen.measure.graph_clock import rotation_size
 from flashgen.spec import Extras, Problem
 from flashgen.tuning.guarded import Guarded, bit_sums
 
@@ -44,13 +49,15 @@ class Case:
     """One problem with its tensors.
 
     Attributes:
-        problem: of either phase.
+        problem: of any phase.
         extras: of its calls.
-        tensors: by name, as `bind_forward` or `bind_backward` takes them.
+        tensors: by name, as `bind_forward`, `bind_backward` or `bind_decode` takes them.
         written: the names of those that kernels fill.
         judge: returns how far off what they hold is; the references are made at its first call.
         guards: the memory of those that kernels fill, by name.
         read: what kernels only read.
+        calls: of decoding, calls with a cache of their own each: enough that the L2 cache of a GPU holds none of them
+            when its turn comes. The first is that of `tensors`.
     """
 
     problem: Problem
@@ -60,6 +67,7 @@ class Case:
     judge: collections.abc.Callable[[], AccuracyReport]
     guards: dict[str, Guarded]
     read: tuple[Tensor, ...]
+    calls: tuple[DecodeCall, ...] = ()
 
     @functools.cached_property
     def _sums_of_read(self) -> list[int]:
@@ -70,6 +78,8 @@ class Case:
         assert self._sums_of_read is not None
         for name in self.written:
             self.tensors[name].fill_(POISON)
+        if self.problem.spec.append:
+            _spoil_appended(self.calls[0])
 
     def stray(self) -> str:
         """Return what kernels have written where nothing is theirs, or nothing; what it says leaves no case sound."""
@@ -86,6 +96,11 @@ class Case:
         )
         return next((f"{words} are not written, or NaN" for words in found), "")
 
+    def in_turn(self) -> tuple[Case, ...]:
+        """Return the case once for each of the calls, in whose turn its inputs come from memory."""
+        turns = ({**self.tensors, "k": call.k, "v": call.v} for call in self.calls)
+        return tuple(dataclasses.replace(self, tensors=tensors) for tensors in turns) or (self,)
+
     def results(self) -> list[Tensor]:
         """Return copies of what kernels have filled."""
         return [self.tensors[name].clone() for name in self.written]
@@ -95,12 +110,15 @@ def make_case(problem: Problem, *, device: torch.device, seed: int, whole: bool)
     """Return a case of random inputs.
 
     Args:
-        problem: of either phase.
+        problem: of any phase.
         device: a GPU.
         seed: of the inputs.
-        whole: judge every head, and give lse a gradient, too: for small problems. Else a sample of the heads is judged,
-            and what gradients need of the forward pass comes from a kernel, which is checked.
+        whole: judge every head, and give lse a gradient, too: for small problems, and caches lengths of their own. Else
+            a sample of the heads is judged, and what gradients need of the forward pass comes from a kernel, which is
+            checked.
     """
+    if problem.spec.phase == "decode":
+        return _decode_case(problem, device, seed, whole)
     inputs = dict(zip("qkv", random_inputs(problem, device=device, seed=seed), strict=True))
     if whole:
         inputs = _spread(inputs)
@@ -162,6 +180,55 @@ def _backward_case(problem: Problem, inputs: dict[str, Tensor], extras: Extras, 
         guards=guards,
         read=_all_read(read, extras),
     )
+
+
+def _decode_case(problem: Problem, device: torch.device, seed: int, whole: bool) -> Case:
+    spec, shape = problem.spec, problem.shape
+    call = random_decode_call(problem, device=device, seed=seed, ragged=whole)
+    call = _spread_call(call) if whole else call
+    sizes = dict(zip(("out", "lse"), poisoned_outputs(problem, device="meta"), strict=True))
+    guards = _guards({name: tensor for name, tensor in sizes.items() if tensor is not None}, device, whole)
+    written = {name: guard.tensor for name, guard in guards.items()}
+    heads = None if whole else sampled_heads(shape.batch, shape.nheads_q, _CHECKED_HEADS, seed=0)
+    oracle = functools.cache(lambda: Oracle(call.q, call.k, call.v, spec=spec, extras=call.extras, heads=heads))
+    # Before anything is appended; where nothing is, the caches are inputs like others.
+    caches = CacheOracle(call) if spec.append else None
+
+    def judge() -> AccuracyReport:
+        report = oracle().judge(written["out"], written.get("lse"))
+        fault = caches.fault() if caches is not None and report.ok else ""
+        return dataclasses.replace(report, ok=False, reason=fault) if fault else report
+
+    count = 1 if whole or device.type != "cuda" else rotation_size(problem.min_bytes(), device)
+    return Case(
+        problem=problem,
+        extras=call.extras,
+        tensors={"q": call.q, "k": call.k, "v": call.v, **written},
+        written=tuple(written),
+        judge=judge,
+        guards=guards,
+        read=_all_read({"q": call.q} if spec.append else {"q": call.q, "k": call.k, "v": call.v}, call.extras),
+        calls=call.copies(count),
+    )
+
+
+def _spread_call(call: DecodeCall) -> DecodeCall:
+    """Return the call with gaps of NaN in its tensors, as `_spread`; V that is shared stays part of K."""
+    shared = call.problem.spec.shared_kv
+    tensors = _spread({"q": call.q, "k": call.k} if shared else {"q": call.q, "k": call.k, "v": call.v})
+    v = tensors["k"][..., : call.v.shape[3]] if shared else tensors["v"]
+    return dataclasses.replace(call, q=tensors["q"], k=tensors["k"], v=v)
+
+
+def _spoil_appended(call: DecodeCall) -> None:
+    """Fill the rows of the caches with NaN that are appended."""
+    spec, extras = call.problem.spec, call.extras
+    assert extras.cache_seqlens is not None
+    assert extras.k_new is not None
+    for b, seqlen in enumerate(extras.cache_seqlens.tolist()):
+        places = cache_places(b, seqlen, seqlen + extras.k_new.shape[2], call.k, spec, extras)
+        for cache in (call.k, call.v):
+            cache[places.entry, :, places.row] = POISON
 
 
 def _spread(tensors: dict[str, Tensor], first_gap: int = 1) -> dict[str, Tensor]:

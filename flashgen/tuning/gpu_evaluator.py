@@ -26,7 +26,11 @@ _MIN_NOISE = 0.01
 # Without a final race: timings of the search are minutes apart.
 _NOISE_WITHOUT_RACE = 0.05
 _TICK_S = 0.25
-_VARIANTS: dict[Phase, str] = {"forward": "with lse", "backward": "with dbias"}
+_VARIANTS: dict[Phase, str] = {
+    "forward": "with lse",
+    "backward": "with dbias",
+    "decode": "with lse, pages and appended keys",
+}
 
 _Candidate = tuple[int, Problem, KernelConfig]
 
@@ -39,7 +43,6 @@ class GpuEvaluator:
     """
 
     origin: Origin = "measured"
-    timing = "cold-l2"
     reserve_s = 8.0
 
     def __init__(self, devices: typing.Sequence[str], jobs: Jobs) -> None:
@@ -54,6 +57,9 @@ class GpuEvaluator:
         self._forgotten: set[MeasuringProcess] = set()
         self._best_us: float | None = None
         self._problem: Problem | None = None
+
+    def timing(self, phase: Phase) -> str:
+        return "cuda-graph" if phase == "decode" else "cold-l2"
 
     @property
     def connections(self) -> list[Connection]:

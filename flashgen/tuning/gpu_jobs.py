@@ -18,9 +18,10 @@ import torch
 from flashgen.codegen import KernelConfig, TritonBackwardConfig, render
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.errors import FlashgenError
-from flashgen.launch import bind_backward, bind_forward, detect_target, reset_tile_counters
+from flashgen.launch import bind_backward, bind_decode, bind_forward, detect_target, reset_tile_counters
 from flashgen.measure import (
     AccuracyReport,
+    Clock,
     CudaClock,
     Measurement,
     Outcome,
@@ -30,7 +31,8 @@ from flashgen.measure import (
     quick_time,
     run_race,
 )
-from flashgen.measure.peers import default_baselines
+from flashgen.measure.graph_clock import GraphClock, Rotation
+from flashgen.measure.peers import Peer, default_baselines
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.awkward import awkward_for
@@ -95,10 +97,10 @@ def _checked_and_timed(problem: Problem, config: KernelConfig, best_us: float | 
     report = _check_own_shape(problem, config)
     if isinstance(report, Rejected):
         return report
-    call = _bound(_own_case(problem), config)
-    timing = quick_time(call, _clock(), _FIRST_LAUNCHES)
+    call, clock = _timed(_own_case(problem), config), _clock_of(problem)
+    timing = quick_time(call, clock, _FIRST_LAUNCHES)
     if best_us is None or timing.median_us < _HOPELESS * best_us:
-        timing = benchmark({"": call}, clock=_clock(), rounds=_RUNG_ROUNDS, target_ms=_RUNG_MS)[""]
+        timing = benchmark({"": call}, clock=clock, rounds=_RUNG_ROUNDS, target_ms=_RUNG_MS)[""]
     # The last of many launches: some faults take more than one to show.
     last = _judged(_own_case(problem))
     if not last.ok:
@@ -121,7 +123,8 @@ def check_awkward(problem: Problem, config: KernelConfig) -> Rejected | None:
 def confirm(problem: Problem, config: KernelConfig) -> Rejected | None:
     """Return why the variant of a config that writes more is wrong, or None.
 
-    It is other code, which the registry's key covers: a forward pass that also writes lse, gradients of a bias.
+    It is other code, which the registry's key covers: a forward pass that also writes lse, gradients of a bias, pages
+    and appended keys.
     """
     variant = confirmed_variant(problem.spec)
     if variant is None:
@@ -139,13 +142,22 @@ def race(
     """Return the race of finalists, by their places in `configs`, beside the baselines if wanted, by their names."""
     with _ending_if_the_context_is_lost():
         case = _own_case(problem)
-        finalists = {str(index): _bound(case, config) for index, config in enumerate(configs)}
+        finalists = {str(index): _timed(case, config) for index, config in enumerate(configs)}
         beside: dict[str, typing.Callable[[], object]] = {}
         for peer in default_baselines(_device()) if baselines else ():
-            run = peer.make(case.tensors["q"], case.tensors["k"], case.tensors["v"], problem, case.extras)
+            run = _peer_run(peer, case)
             if not isinstance(run, str):
                 beside[peer.name] = run
-        return run_race(finalists, beside, clock=_clock(), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed)
+        return run_race(
+            finalists, beside, clock=_clock_of(problem), rounds=_FINAL_ROUNDS, target_ms=target_ms, seed=seed
+        )
+
+
+def _peer_run(peer: Peer, case: Case) -> typing.Callable[[], object] | str:
+    if not case.calls:
+        return peer.make(case.tensors["q"], case.tensors["k"], case.tensors["v"], case.problem, case.extras)
+    runs = peer.make_decode(case.calls)
+    return runs if isinstance(runs, str) else Rotation(calls=runs)
 
 
 def _check_own_shape(problem: Problem, config: KernelConfig) -> tuple[float, float] | Rejected:
@@ -185,8 +197,14 @@ def _has_one_order(config: KernelConfig) -> bool:
 
 
 def _bound(case: Case, config: KernelConfig) -> typing.Callable[[], None]:
-    bind = bind_backward if case.problem.spec.phase == "backward" else bind_forward
+    bind = {"forward": bind_forward, "backward": bind_backward, "decode": bind_decode}[case.problem.spec.phase]
     return bind(case.problem, config, _compiled(case.problem.spec, config), case.extras, case.tensors)
+
+
+def _timed(case: Case, config: KernelConfig) -> typing.Callable[[], object]:
+    """Return what is timed: of decoding, calls in turn whose caches are not found in the L2 cache."""
+    turns = tuple(_bound(turn, config) for turn in case.in_turn())
+    return turns[0] if len(turns) == 1 else Rotation(calls=turns)
 
 
 @functools.lru_cache(maxsize=1)
@@ -213,6 +231,14 @@ def forget_cases() -> None:
 def _compiled(spec: AttentionSpec, config: KernelConfig) -> CompiledKernel:
     # The compile workers have been here: this reads Triton's disk cache.
     return compile_kernel(render(spec, config), spec, config, detect_target(_device()))
+
+
+def _clock_of(problem: Problem) -> Clock:
+    """Return the clock of a problem's calls: those of decoding are too short for anything but a graph of many.
+
+    That one is made anew each time: it keeps what it has timed.
+    """
+    return GraphClock(_device()) if problem.spec.phase == "decode" else _clock()
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from flashgen.codegen.constraints import interpreter_refusal
 from flashgen.compile import CompileReport
 from flashgen.measure import Measurement, Outcome, Rejected, Timing, predict_us
 from flashgen.registry import Origin
-from flashgen.spec import AttentionSpec, Problem
+from flashgen.spec import AttentionSpec, Phase, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.evaluators import Final, failure_reason
 from flashgen.tuning.jobs import Jobs
@@ -28,7 +28,6 @@ class ModelEvaluator:
     """Ranks candidates by `predict_us`; leaders that the interpreter can run must pass a check in it."""
 
     origin: Origin = "predicted"
-    timing = "occupancy-roofline-model"
     reserve_s = 10.0
 
     def __init__(self, target: GpuTarget, workers: int, jobs: Jobs) -> None:
@@ -38,6 +37,9 @@ class ModelEvaluator:
         self._done: list[tuple[int, Outcome]] = []
         self._pool: Pool[KernelConfig] = Pool(workers, name="interpreting process")
         self._checked: dict[tuple[Problem, KernelConfig], Checked] = {}
+
+    def timing(self, phase: Phase) -> str:
+        return "occupancy-roofline-model"
 
     @property
     def connections(self) -> list[Connection]:

@@ -179,7 +179,13 @@ class OpenRun:
         others = (choice.winner, *(other for other in choice.runners_up if other is not tried))
         crowned = Choice(winner=confirmed, runners_up=others, tied=(), baselines=choice.baselines)
         evaluator, trials = self._evaluator, len(searched.result.trials)
-        return make_entry(search.task, crowned, origin=evaluator.origin, timing=evaluator.timing, trials=trials)
+        return make_entry(
+            search.task,
+            crowned,
+            origin=evaluator.origin,
+            timing=evaluator.timing(search.task.problem.spec.phase),
+            trials=trials,
+        )
 
     def write(self, entries: typing.Iterable[RegistryEntry]) -> None:
         """Write entries into the registry.
@@ -243,11 +249,12 @@ class OpenRun:
         return now + (self._start + self.run.budget_s - now) / searches
 
     def _study(self, task: Task, choices: Choices) -> ProblemStudy:
+        timing = self._evaluator.timing(task.problem.spec.phase)
         return ProblemStudy(
             self._storage,
             problem=task.problem,
             target=task.target,
-            how=f"{self._evaluator.timing}, triton {task.software.triton}, driver {task.software.driver}",
+            how=f"{timing}, triton {task.software.triton}, driver {task.software.driver}",
             configs=choices.configs,
             seeds=choices.seeds,
             seed=task.seed,

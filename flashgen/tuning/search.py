@@ -259,7 +259,8 @@ class ProblemSearch:
         entry = None
         if choice is not None:
             evaluator, trials = self._evaluator, len(self._trials)
-            entry = make_entry(self.task, choice, origin=evaluator.origin, timing=evaluator.timing, trials=trials)
+            timing = evaluator.timing(self.task.problem.spec.phase)
+            entry = make_entry(self.task, choice, origin=evaluator.origin, timing=timing, trials=trials)
             unchecked = interpreter_refusal(entry.config) if entry.origin == "predicted" else None
             note = "; ".join(filter(None, (note, unchecked and f"the winner was not checked: {unchecked}")))
         else:

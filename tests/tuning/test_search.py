@@ -151,7 +151,7 @@ class FakeClock:
     """Evaluates as `times` say (100 us where they are silent, refused where the text of a reason stands)."""
 
     origin = "measured"
-    timing = "fake"
+    timing = staticmethod(lambda phase: "fake")
     reserve_s = 0.5
     busy_s = 0.0
     connections: typing.ClassVar[list[typing.Any]] = []
