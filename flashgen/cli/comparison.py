@@ -61,7 +61,7 @@ class Comparison:
         accuracy: how far each output was off, by name.
         absent: why an implementation was not timed, by name.
         host_us: what a call costs the host by name; of Q, K, V and a mask, flashgen's is `flashgen.attention`, with its
-            parts beside it. Empty if not asked for.
+            parts beside it, of decoding `flashgen.attention_with_kvcache`. Empty if not asked for.
     """
 
     problem: Problem
