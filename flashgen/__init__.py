@@ -16,7 +16,9 @@ if typing.TYPE_CHECKING:
     from flashgen.integrations.sdpa import scaled_dot_product_attention as scaled_dot_product_attention
     from flashgen.ops import attention as attention
     from flashgen.ops import attention_varlen as attention_varlen
+    from flashgen.ops import attention_with_kvcache as attention_with_kvcache
     from flashgen.ops import explain as explain
+    from flashgen.ops import explain_with_kvcache as explain_with_kvcache
     from flashgen.ops import interpreting as interpreting
     from flashgen.ops import warmup as warmup
     from flashgen.registry import use_bundle as use
@@ -32,8 +34,10 @@ _HOME = {
     "FlashgenError": ("flashgen.errors", "FlashgenError"),
     "attention": ("flashgen.ops", "attention"),
     "attention_varlen": ("flashgen.ops", "attention_varlen"),
+    "attention_with_kvcache": ("flashgen.ops", "attention_with_kvcache"),
     "compat": ("flashgen.compat", None),
     "explain": ("flashgen.ops", "explain"),
+    "explain_with_kvcache": ("flashgen.ops", "explain_with_kvcache"),
     "interpreting": ("flashgen.ops", "interpreting"),
     "masks": ("flashgen.spec.masks", None),
     "scaled_dot_product_attention": ("flashgen.integrations.sdpa", "scaled_dot_product_attention"),
@@ -47,8 +51,10 @@ __all__ = [
     "FlashgenError",
     "attention",
     "attention_varlen",
+    "attention_with_kvcache",
     "compat",
     "explain",
+    "explain_with_kvcache",
     "interpreting",
     "masks",
     "scaled_dot_product_attention",

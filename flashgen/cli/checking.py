@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
 
 import torch
 
+from flashgen.cli.decoding import DecodeCase
 from flashgen.cli.gradients import GradientCase
 from flashgen.codegen import KernelConfig, render
 from flashgen.compile import compile_kernel
@@ -15,6 +19,7 @@ from flashgen.measure import (
     AccuracyReport,
     Oracle,
     accuracy_error,
+    awkward_decode_shapes,
     poisoned_outputs,
     random_extras,
     random_inputs,
@@ -28,6 +33,8 @@ MAX_INTERPRETED_TOKENS = 256
 _MAX_CHECKED_SCORES = 2**24
 _CHECKED_HEADS = 4
 _CHECKED_KV_HEADS = 2
+# What calls ask for in turn: nothing, no split, a few, more than there are tiles of keys.
+_NUM_SPLITS = (0, 1, 3, 32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +48,15 @@ class Check:
 def check_on_gpu(selection: Selection, device: torch.device) -> tuple[Check, ...]:
     """Return the checks at awkward shapes and at the problem's own, on a sample of its heads.
 
-    At awkward shapes a forward also writes lse, and a backward pass also has a gradient of it.
+    At awkward shapes a forward also writes lse, and a backward pass also has a gradient of it; sequences that are
+    decoded have lengths of their own there, and their keys are split in several ways.
     """
     problem, config = selection.problem, selection.config
     with torch.cuda.device(device):
+        if problem.spec.phase == "decode":
+            own = DecodeCase.of(problem, device)
+            awkward = [_decoded(case, case.bind(selection)) for case in _decode_cases(problem, config, device)]
+            return (*awkward, _decoded(own, own.bind(selection), _few(problem.shape, _CHECKED_HEADS)))
         if problem.spec.phase == "backward":
             cases = [(shape, True) for shape in awkward_for(problem, config)] + [(problem.shape, False)]
             return tuple(
@@ -62,6 +74,10 @@ def check_interpreted(selection: Selection) -> tuple[Check, ...]:
     The config is one that it runs, see `interpreter_refusal`.
     """
     problem, config = selection.problem, selection.config
+    if problem.spec.phase == "decode":
+        # Awkward ones alone: caches of their own shapes take an interpreter minutes.
+        calls = _decode_cases(problem, config, "cpu", most_keys=MAX_INTERPRETED_TOKENS)
+        return tuple(_decoded(call, functools.partial(call.interpret, config)) for call in calls)
     shape = problem.shape
     nheads_kv = min(shape.nheads_kv, 2)
     small = Shape(
@@ -79,6 +95,23 @@ def check_interpreted(selection: Selection) -> tuple[Check, ...]:
     interpreted = _interpreted_gradients if backward else _interpreted
     cases = [_at(reduced, shape) for shape in shapes] + [reduced]
     return tuple(Check(shape=case.shape, report=interpreted(case, config)) for case in cases)
+
+
+def _decode_cases(
+    problem: Problem, config: KernelConfig, device: torch.device | str, most_keys: float = math.inf
+) -> list[DecodeCase]:
+    """Return cases of awkward shapes of at most so many keys, that write lse; each sequence has a length of its own."""
+    with_lse = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, lse=True))
+    shapes = (shape for blocks in config.blocks for shape in awkward_decode_shapes(problem, *blocks))
+    return [
+        DecodeCase.of(_at(with_lse, shape), device, seed=i, ragged=True, num_splits=_NUM_SPLITS[i % len(_NUM_SPLITS)])
+        for i, shape in enumerate(shapes)
+        if shape.seqlen_k <= most_keys
+    ]
+
+
+def _decoded(case: DecodeCase, run: Callable[[], object], heads: tuple[tuple[int, int], ...] | None = None) -> Check:
+    return Check(shape=case.call.problem.shape, report=case.check(run, heads))
 
 
 def _at(problem: Problem, shape: Shape) -> Problem:

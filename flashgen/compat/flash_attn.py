@@ -8,12 +8,12 @@ more calls are taken (float32, softcap together with dropout, value heads of ano
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from flashgen.compat.flash_attn_calls import Options, Output, Sequences, dense, packed, unpacked, window_bounds
+from flashgen.compat.flash_attn_kvcache import flash_attn_with_kvcache
 from flashgen.errors import UnsupportedError
 
 __all__ = [
@@ -23,16 +23,8 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
-
-
-def __getattr__(name: str) -> typing.NoReturn:
-    if name == "flash_attn_with_kvcache":
-        # AttributeError, so that `hasattr` and `import` tell the truth.
-        raise AttributeError(
-            "flashgen.compat.flash_attn has no flash_attn_with_kvcache yet: this version has no KV cache"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def flash_attn_func(
@@ -185,7 +177,7 @@ def flash_attn_varlen_func(
         UnsupportedError: for a block_table, and where a gradient is asked for of head dimensions above 256.
     """
     if block_table is not None:
-        raise UnsupportedError("block_table: this version has no paged keys and values; gather the pages first")
+        raise UnsupportedError("block_table: packed sequences have no pages here; flash_attn_with_kvcache has")
     options = Options(
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,

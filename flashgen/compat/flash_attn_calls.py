@@ -71,9 +71,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Output:
     rng_state = options.rng_state(q)
     # lse always: FlashAttention writes it always, and it costs next to nothing.
     out, lse = attention(
-        _pad_head_dim(q),
-        _pad_head_dim(k),
-        _pad_head_dim(v),
+        pad_head_dim(q),
+        pad_head_dim(k),
+        pad_head_dim(v),
         causal=options.causal,
         window=options.window,
         softmax_scale=_scale(q, options),
@@ -85,7 +85,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Output:
         return_lse=True,
         deterministic=options.deterministic,
     )
-    out = _cut_head_dim(out, v)
+    out = cut_head_dim(out, v)
     if not options.return_attn_probs:
         return out
     lse = lse.detach()
@@ -98,9 +98,9 @@ def packed(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Optio
     """Return the result for packed [total, heads, head_dim] tensors: out, or (out, softmax_lse, S_dmask)."""
     rng_state = options.rng_state(q)
     out, lse = attention_varlen(
-        _pad_head_dim(q),
-        _pad_head_dim(k),
-        _pad_head_dim(v),
+        pad_head_dim(q),
+        pad_head_dim(k),
+        pad_head_dim(v),
         *sequences.cu_seqlens,
         *sequences.longest,
         causal=options.causal,
@@ -113,7 +113,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Optio
         return_lse=True,
         deterministic=options.deterministic,
     )
-    out = _cut_head_dim(out, v)
+    out = cut_head_dim(out, v)
     if not options.return_attn_probs:
         return out
     lse = lse.detach()
@@ -148,21 +148,23 @@ def unpacked(name: str, together: Tensor, dims: int, parts: int) -> tuple[Tensor
 
 
 def _scale(q: Tensor, options: Options) -> float | None:
-    if options.softmax_scale is not None or _padded_size(q) == q.shape[-1]:
+    if options.softmax_scale is not None or padded_size(q) == q.shape[-1]:
         return options.softmax_scale
     # The default is that of the head dimension before padding.
     return 1.0 / math.sqrt(q.shape[-1])
 
 
-def _padded_size(tensor: Tensor) -> int:
+def padded_size(tensor: Tensor) -> int:
+    """Return the head dimension that a kernel takes a tensor with."""
     return max(MIN_HEAD_DIM, -(-tensor.shape[-1] // _HEAD_DIM_STEP) * _HEAD_DIM_STEP)
 
 
-def _pad_head_dim(tensor: Tensor) -> Tensor:
+def pad_head_dim(tensor: Tensor) -> Tensor:
     """Return the tensor with zeros behind its last dimension, which change neither scores nor the columns of out."""
-    missing = _padded_size(tensor) - tensor.shape[-1]
+    missing = padded_size(tensor) - tensor.shape[-1]
     return functional.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _cut_head_dim(out: Tensor, v: Tensor) -> Tensor:
+def cut_head_dim(out: Tensor, v: Tensor) -> Tensor:
+    """Return as many columns as v has."""
     return out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]]

@@ -17,7 +17,7 @@ from flashgen.launch.device import detect_target
 from flashgen.launch.forward import capture_sizes, check_sizes, score_factors
 from flashgen.launch.kernel import BoundKernel
 from flashgen.launch.operands import Layout4D, descriptor_refusal
-from flashgen.launch.side_tensors import SideTensors
+from flashgen.launch.side_tensors import SideHolder, SideTensors
 from flashgen.launch.tile_counter import arrival_counters
 from flashgen.spec import AttentionSpec, Extras, Problem, Shape
 
@@ -159,7 +159,7 @@ class DecodeLaunch:
         out: torch.Tensor,
         lse: torch.Tensor | None,
         partial: torch.Tensor,
-        extras: Extras,
+        extras: SideHolder,
     ) -> None:
         """Launch on the current stream; `partial` is float32 scratch memory of `partial_size`, of any content."""
         device = torch._C._cuda_getDevice()

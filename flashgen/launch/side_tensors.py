@@ -11,7 +11,6 @@ from flashgen.codegen import KernelPlan, argument_kind, capture_pointers
 from flashgen.errors import InputError
 from flashgen.launch.operands import as_read
 from flashgen.launch.tile_table import TileTable
-from flashgen.spec import Extras
 
 TENSOR_NAMES = ("q", "k", "v", "out", "lse")
 
@@ -22,6 +21,15 @@ _TURNED_TABLE = ("row_start", "row_full", "row_index")
 # Made by whoever launches.
 _MADE = ("tile_counter", "partial", "arrivals")
 _OF_BACKWARD = ("do", "lse2", "delta", "dq", "dk", "dv", "dbias", "turn")
+
+
+class SideHolder(typing.Protocol):
+    """What holds side tensors by their names in `Extras`: such a value, or what costs less to make in every call."""
+
+    @property
+    def captures(self) -> tuple[torch.Tensor, ...]:
+        """Of the mask's functions and then score_mod."""
+        ...
 
 
 class SideTensors:
@@ -44,7 +52,7 @@ class SideTensors:
         self._of_extras = operator.attrgetter(*self._fields) if self._fields else None
 
     def __call__(
-        self, extras: Extras, table: TileTable | None, turned: TileTable | None = None
+        self, extras: SideHolder, table: TileTable | None, turned: TileTable | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Return the tensors of one call in the order of `names`; `turned` is the table of a key tile's query tiles.
 

@@ -12,6 +12,9 @@ from flashgen.launch.own_memory import outside_pools
 _counters: dict[tuple[int, int], torch.Tensor] = {}
 _arrivals: dict[tuple[int, int], list[torch.Tensor]] = {}
 _LEAST_ARRIVALS = 4096
+# By device: zeros for launches that are captured, and how many of them are given away.
+_for_graphs: dict[int, tuple[torch.Tensor, int]] = {}
+_SPARE_ARRIVALS = 2**20
 # CUDA's handle of the default stream of each thread: one number for many streams.
 _PER_THREAD_STREAM = 2
 
@@ -44,7 +47,9 @@ def tile_counter(device: int, stream: int) -> torch.Tensor:
 def arrival_counters(device: int, stream: int, count: int) -> torch.Tensor:
     """Return at least `count` int32 zeros on a GPU, for one launch of a kernel that leaves them at zero.
 
-    As `tile_counter`: shared by the launches on one stream, of their own inside a CUDA graph capture.
+    As `tile_counter`: shared by the launches on one stream, of their own inside a CUDA graph capture. There they come
+    from memory that the first launch outside of captures has set to zero, while it lasts (4 MiB): a memset would cost
+    every replay as much as a short kernel does.
 
     Args:
         device: index of the current device.
@@ -52,11 +57,18 @@ def arrival_counters(device: int, stream: int, count: int) -> torch.Tensor:
         count: tiles that several programs may arrive at.
     """
     if not counter_is_shared(stream):
-        return _zeros(device, count)
+        spare, given = _for_graphs.get(device, (None, 0))
+        if spare is None or given + count > len(spare):
+            return _zeros(device, count)
+        # Whole lines of the cache: what other graphs count is not in the way.
+        _for_graphs[device] = spare, given + -(-count // 32) * 32
+        return spare[given : given + count]
     made = _arrivals.setdefault((device, stream), [])
     if not made or len(made[-1]) < count:
         size = max(_LEAST_ARRIVALS, 2 * count)
         made.append(outside_pools(functools.partial(_zeros, device, size), device))
+    if device not in _for_graphs:
+        _for_graphs[device] = outside_pools(functools.partial(_zeros, device, _SPARE_ARRIVALS), device), 0
     return made[-1]
 
 

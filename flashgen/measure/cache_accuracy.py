@@ -15,8 +15,8 @@ _ROTATION_SLACK = 2.0**-22
 class CacheOracle:
     """What the caches of one call are to hold after it; made before it, and takes their memory once more.
 
-    Appended values, and keys that are not rotated, must be equal bit for bit, as must be all that is not appended, NaN
-    included. A rotated key may be another rounding of the exact one to the cache's type.
+    Appended values, and keys that are not rotated, must be equal, as must be all that is not appended: NaN stays NaN.
+    A rotated key may be another rounding of the exact one to the cache's type.
     """
 
     def __init__(self, call: DecodeCall) -> None:
@@ -32,7 +32,7 @@ class CacheOracle:
         )
 
     def _fault_of(self, name: str, got: Tensor, expected: Tensor) -> str:
-        wrong = _bits(got) != _bits(expected)
+        wrong = _differs(got, expected)
         if name == "k" and self._call.problem.spec.rotary:
             self._judge_rotated(wrong)
         if not wrong.any():
@@ -58,6 +58,8 @@ class CacheOracle:
             wrong[places.entry, :, places.row] = ~((got - expected).abs() <= allowed)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the elements as integers: NaN equals itself."""
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+def _differs(got: Tensor, expected: Tensor) -> Tensor:
+    """Return where elements differ; NaN equals NaN."""
+    if got.element_size() == 1:
+        return got.view(torch.uint8) != expected.view(torch.uint8)
+    return (got != expected) & ~(got.isnan() & expected.isnan())

@@ -14,7 +14,7 @@ from flashgen.ops.side_checks import bias_kind, check_captures, check_side_tenso
 from flashgen.spec import AttentionSpec, DType, Extras, Problem, Shape, parse_dtype, parse_mask
 from flashgen.spec.mods import ModFunction, parse_mod
 
-_ORDERS = {
+ORDERS = {
     "bhsd": "[batch, heads, seqlen, head_dim]",
     "bshd": "[batch, seqlen, heads, head_dim]",
     PACKED: "[tokens, heads, head_dim]",
@@ -51,15 +51,17 @@ def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tenso
     if not options.packed:
         check_layout(options.layout)
     _check_qkv(q, k, v, options.layout)
-    _check_numbers(options)
+    check_numbers(options.softmax_scale, options.softcap)
+    if not 0 <= options.dropout_p < 1:
+        raise InputError(f"dropout_p must be at least 0 and less than 1, got {options.dropout_p}")
     shape = _shape_of(q, k, v, tensors, options)
     check_side_tensors(q, shape, tensors)
     spec = AttentionSpec(
-        dtype=_dtype(q),
+        dtype=dtype_of(q),
         head_dim_qk=q.shape[-1],
         head_dim_v=v.shape[-1],
         mask=parse_mask(options.mask),
-        score_mod=_score_mod(options.score_mod),
+        score_mod=score_mod_of(options.score_mod),
         softcap=options.softcap != 0,
         alibi=tensors.alibi_slopes is not None,
         sinks=tensors.sinks is not None,
@@ -104,20 +106,23 @@ def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -
     dims = 3 if layout == PACKED else 4
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != dims:
-            raise InputError(f"{name} must have {dims} dimensions {_ORDERS[layout]}, got shape {tuple(tensor.shape)}")
+            raise InputError(f"{name} must have {dims} dimensions {ORDERS[layout]}, got shape {tuple(tensor.shape)}")
         if tensor.device != q.device:
             raise InputError(f"q, k and v must be on one device, got q on {q.device} and {name} on {tensor.device}")
         if tensor.dtype != q.dtype:
             raise InputError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {tensor.dtype}")
 
 
-def _check_numbers(options: Options) -> None:
-    if options.softmax_scale is not None and not math.isfinite(options.softmax_scale):
-        raise InputError(f"softmax_scale must be a finite number, got {options.softmax_scale}")
-    if not (options.softcap >= 0 and math.isfinite(options.softcap)):
-        raise InputError(f"softcap must be a finite number of at least 0 (0 is off), got {options.softcap}")
-    if not 0 <= options.dropout_p < 1:
-        raise InputError(f"dropout_p must be at least 0 and less than 1, got {options.dropout_p}")
+def check_numbers(softmax_scale: float | None, softcap: float) -> None:
+    """Check the numbers of the scores.
+
+    Raises:
+        InputError: if one is not finite, or softcap is negative.
+    """
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise InputError(f"softmax_scale must be a finite number, got {softmax_scale}")
+    if not (softcap >= 0 and math.isfinite(softcap)):
+        raise InputError(f"softcap must be a finite number of at least 0 (0 is off), got {softcap}")
 
 
 def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, options: Options) -> Shape:
@@ -170,7 +175,12 @@ def _longest(name: str, value: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _score_mod(text: str) -> ModFunction | None:
+def score_mod_of(text: str) -> ModFunction | None:
+    """Return the score mod that a text is; None for an empty one.
+
+    Raises:
+        InputError: if it is none.
+    """
     if not text:
         return None
     score_mod = parse_mod(text)
@@ -179,7 +189,12 @@ def _score_mod(text: str) -> ModFunction | None:
     return score_mod
 
 
-def _dtype(q: torch.Tensor) -> DType:
+def dtype_of(q: torch.Tensor) -> DType:
+    """Return the type of q, and how its products are computed.
+
+    Raises:
+        InputError: for a dtype that no kernel takes.
+    """
     try:
         dtype = parse_dtype(str(q.dtype))
     except InputError:

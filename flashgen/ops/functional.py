@@ -24,12 +24,13 @@ from flashgen.ops.request import (
     autocast_bias,
     plain_mask_text,
 )
+from flashgen.ops.runtime import Runner
 from flashgen.ops.torch_op import known_runner, plain
 
 # The mask as text, then arguments of `attention`: softmax_scale, layout, return_lse, deterministic, config, registry.
 _Asked = tuple[str, float | None, str, bool, bool, KernelConfig | None, "str | os.PathLike[str] | None"]
 # Of calls in which nobody but flashgen has a part: no autograd, no autocast, nobody's mode or transform, no profiler.
-_recent = RecentRunners()
+_recent: RecentRunners[Runner] = RecentRunners()
 _traced = torch.compiler.is_dynamo_compiling
 _function_modes = torch._C._len_torch_function_stack
 _profiled = torch._C._autograd._profiler_enabled
@@ -185,7 +186,7 @@ def attention(
         asked = (text, softmax_scale, layout, return_lse, deterministic, config, registry)
         # What the kept check of the tensors does not tell: who else may have a part in the call, see `RecentRunners`.
         alone = not (_traced() or _function_modes() or _profiled() or forward_ad._current_level >= 0)
-        if alone and (runner := _recent.find(q, k, v, asked)) is not None:
+        if alone and (runner := _recent.find((q, k, v), asked)) is not None:
             of_q, of_k, of_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
             if not (of_q | of_k | of_v) & 15:
                 out, lse = runner(q, k, v, NO_TENSORS, (of_q, of_k, of_v))
@@ -268,5 +269,5 @@ def _plain_call(
     if alone and not isinstance(softmax_scale, torch.Tensor) and _recent.has_room(asked):
         runner = known_runner(q, k, v, options)
         if runner is not None:
-            _recent.keep(q, k, v, asked, runner)
+            _recent.keep((q, k, v), asked, runner)
     return out if lse is None else (out, lse)

@@ -8,12 +8,12 @@ import typing
 
 import torch
 
-from flashgen.ops.runtime import Runner
 from flashgen.registry import generation
 
 logger = logging.getLogger("flashgen")
 
-Check = collections.abc.Callable[[torch.Tensor, torch.Tensor, torch.Tensor], bool]
+Check = collections.abc.Callable[..., bool]
+Runner = typing.TypeVar("Runner")
 Asked = collections.abc.Hashable
 """All that a call asks for besides its tensors."""
 # Of one set of options: the layers of a model are of few kinds. Each takes a check from all the later ones.
@@ -22,8 +22,8 @@ _MOST_KINDS = 4
 _MOST_OPTIONS = 256
 
 
-class RecentRunners:
-    """Runners of calls of nothing but Q, K and V, by options and by all that PyTorch would guard the tensors by.
+class RecentRunners(typing.Generic[Runner]):
+    """Runners of calls by their options and by all that PyTorch would guard their tensors by.
 
     These are their types, sizes, strides, dtypes and devices, whether they require a gradient, and the keys that they
     are dispatched on, those of this thread included: inside autocast, inference mode, a mode of `__torch_dispatch__` or
@@ -34,8 +34,11 @@ class RecentRunners:
         self._kinds: dict[Asked, tuple[tuple[Check, Runner], ...]] = {}
         self._generation = -1
 
-    def find(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Asked) -> Runner | None:
-        """Return the runner that was kept for such a call, unless registries have changed since."""
+    def find(self, tensors: collections.abc.Sequence[torch.Tensor], options: Asked) -> Runner | None:
+        """Return the runner that was kept for such a call, unless registries have changed since.
+
+        Calls of equal options have equally many tensors.
+        """
         if self._generation != generation():
             return None
         try:
@@ -44,7 +47,7 @@ class RecentRunners:
             # Something that has no hash, and is no option: the checks of a new call will say which.
             return None
         for check, runner in kinds:
-            if check(q, k, v):
+            if check(*tensors):
                 return runner
         return None
 
@@ -52,14 +55,15 @@ class RecentRunners:
         """Return whether another kind of call with these options would be kept."""
         return self._generation != generation() or len(self._kinds.get(options, ())) < _MOST_KINDS
 
-    def keep(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Asked, runner: Runner) -> None:
+    def keep(self, tensors: collections.abc.Sequence[torch.Tensor], options: Asked, runner: Runner) -> None:
         """Keep the runner for later calls like this one, the first few kinds of them."""
         if self._generation != generation() or len(self._kinds) >= _MOST_OPTIONS:
             self._kinds.clear()
             self._generation = generation()
         kinds = self._kinds.get(options, ())
         # What float32 runs on depends on a setting of PyTorch's, too.
-        if len(kinds) < _MOST_KINDS and q.dtype is not torch.float32 and (check := _check_of(q, k, v)) is not None:
+        of_fp32 = tensors[0].dtype is torch.float32
+        if len(kinds) < _MOST_KINDS and not of_fp32 and (check := _check_of(*tensors)) is not None:
             self._kinds[options] = (*kinds, (check, runner))
 
     def clear(self) -> None:

@@ -70,19 +70,19 @@ def arguments_of(q: torch.Tensor, k: torch.Tensor, request: Request) -> tuple[Te
     """
     mask = combine_masks(request.causal, request.window, request.mask)
     score_mod = score_mod_value(request.score_mod)
-    captures = (*_held("mask", mask, mask.tensors, mask.capture_count), *_score_tensors(score_mod))
-    _check_number("softcap", request.softcap)
-    _check_number("dropout_p", request.dropout_p)
+    captures = (*held("mask", mask, mask.tensors, mask.capture_count), *score_tensors(score_mod))
+    check_number("softcap", request.softcap)
+    check_number("dropout_p", request.dropout_p)
     packed = request.layout == PACKED
     tensors = Tensors(
-        bias=_check_tensor("bias", request.bias),
-        alibi_slopes=_as_float("alibi_slopes", request.alibi_slopes),
-        sinks=_as_float("sinks", request.sinks),
+        bias=check_tensor("bias", request.bias),
+        alibi_slopes=as_float("alibi_slopes", request.alibi_slopes),
+        sinks=as_float("sinks", request.sinks),
         rng_state=dropout_state(q.device, request.seed) if request.dropout_p > 0 else None,
-        cu_seqlens_q=_dense("cu_seqlens_q", request.cu_seqlens_q),
-        cu_seqlens_k=_dense("cu_seqlens_k", request.cu_seqlens_k),
-        seqused_q=_dense("seqused_q", request.seqused_q),
-        seqused_k=_dense("seqused_k", request.seqused_k),
+        cu_seqlens_q=dense("cu_seqlens_q", request.cu_seqlens_q),
+        cu_seqlens_k=dense("cu_seqlens_k", request.cu_seqlens_k),
+        seqused_q=dense("seqused_q", request.seqused_q),
+        seqused_k=dense("seqused_k", request.seqused_k),
         captures=tuple(tensor.contiguous() for tensor in captures),
         **_descales(q, k, request),
     )
@@ -218,7 +218,7 @@ def _refuse_reading(name: str, module: str) -> None:
         )
 
 
-def _held(name: str, value: object, tensors: typing.Sequence[typing.Any], count: int) -> tuple[torch.Tensor, ...]:
+def held(name: str, value: object, tensors: typing.Sequence[typing.Any], count: int) -> tuple[torch.Tensor, ...]:
     if len(tensors) != count:
         raise InputError(
             f"{name} {value} needs {count} tensors and holds {len(tensors)}: make it from tensors, not text"
@@ -226,32 +226,32 @@ def _held(name: str, value: object, tensors: typing.Sequence[typing.Any], count:
     return tuple(tensors)
 
 
-def _score_tensors(score_mod: ModFunction | None) -> tuple[torch.Tensor, ...]:
+def score_tensors(score_mod: ModFunction | None) -> tuple[torch.Tensor, ...]:
     if score_mod is None:
         return ()
-    return _held("score_mod", score_mod, score_mod.tensors, len(score_mod.captures))
+    return held("score_mod", score_mod, score_mod.tensors, len(score_mod.captures))
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float, torch.SymFloat)):
         raise InputError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def _check_tensor(name: str, value: object) -> torch.Tensor | None:
+def check_tensor(name: str, value: object) -> torch.Tensor | None:
     if value is None or isinstance(value, torch.Tensor):
         return value
     raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
-def _as_float(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
-    tensor = _check_tensor(name, value)
+def as_float(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    tensor = check_tensor(name, value)
     if tensor is None or not tensor.is_floating_point():
         return tensor
     return tensor.float().contiguous()
 
 
-def _dense(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
-    tensor = _check_tensor(name, value)
+def dense(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    tensor = check_tensor(name, value)
     return None if tensor is None else tensor.contiguous()
 
 
@@ -274,17 +274,17 @@ def _descales(q: torch.Tensor, k: torch.Tensor, request: Request) -> _Descales:
     else:
         sizes = (q.shape[0], k.shape[2 if request.layout == "bshd" else 1]) if k.dim() == 4 else (0, 0)
     q_descale, k_descale, v_descale = (
-        _descale(f"{name}_descale", factor, sizes, q.device) for name, factor in zip("qkv", given, strict=True)
+        descale(f"{name}_descale", factor, sizes, q.device) for name, factor in zip("qkv", given, strict=True)
     )
     return {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
 
 
-def _descale(
+def descale(
     name: str, factor: torch.Tensor | float | None, sizes: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
     if factor is None or isinstance(factor, (int, float)):
         return torch.full(sizes, 1.0 if factor is None else float(factor), device=device)
-    tensor = _check_tensor(name, factor)
+    tensor = check_tensor(name, factor)
     assert tensor is not None
     padded = (1,) * (2 - tensor.dim()) + tuple(tensor.shape)
     fits = len(padded) == 2 and all(size in (1, whole) for size, whole in zip(padded, sizes, strict=True))

@@ -28,6 +28,7 @@ from flashgen.launch import (
 )
 from flashgen.ops.call import Options, Tensors, decode_config, heads_first
 from flashgen.ops.checks import extras_of, problem_of
+from flashgen.ops.decode_call import DecodeOptions
 from flashgen.ops.lengths import check_cuts
 from flashgen.ops.unseen import unseen_outputs
 from flashgen.registry import Registry, generation, load, search_locations
@@ -142,7 +143,9 @@ class Layouts(typing.Protocol):
         ...
 
 
-def choose(problem: Problem, target: GpuTarget, options: Options, layouts: Layouts | None = None) -> Selection:
+def choose(
+    problem: Problem, target: GpuTarget, options: Options | DecodeOptions, layouts: Layouts | None = None
+) -> Selection:
     """Return the selection for a call; with `layouts`, only configs that can read them and compile."""
 
     def usable(candidate: KernelConfig) -> str | None:
@@ -222,8 +225,8 @@ class _Bound:
         self._options = options
         self._device = q.device
         self._index = q.device.index
-        self._out = _NewTensor((*q.shape[:-1], spec.head_dim_v), getattr(torch, spec.dtype.out.torch_name))
-        self._lse = _NewTensor(lse_size(q, problem, options.layout), torch.float32) if spec.lse else None
+        self._out = NewTensor((*q.shape[:-1], spec.head_dim_v), getattr(torch, spec.dtype.out.torch_name))
+        self._lse = NewTensor(lse_size(q, problem, options.layout), torch.float32) if spec.lse else None
         # A call of nothing but Q, K and V asks for none of the work that other tensors make.
         self._side = extras_need_side(extras) or not spec.mask.by_formula
 
@@ -251,7 +254,7 @@ class _Bound:
         return out, lse
 
 
-class _NewTensor:
+class NewTensor:
     """Makes contiguous tensors of one size on the current GPU."""
 
     def __init__(self, size: tuple[int, ...], dtype: torch.dtype) -> None:

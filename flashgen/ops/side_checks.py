@@ -34,7 +34,7 @@ def check_side_tensors(q: torch.Tensor, shape: Shape, tensors: Tensors) -> None:
         tensor = getattr(tensors, name)
         if tensor is None:
             continue
-        _check_device(name, tensor, q)
+        check_device(name, tensor, q)
         if tensor.dtype != dtype or tuple(tensor.shape) not in shapes:
             wanted = " or ".join(map(str, map(list, shapes)))
             raise InputError(
@@ -46,7 +46,7 @@ def check_side_tensors(q: torch.Tensor, shape: Shape, tensors: Tensors) -> None:
     if any((t is None) != (descales[0] is None) for t in descales):
         raise InputError("q_descale, k_descale and v_descale are given together or not at all")
     if tensors.bias is not None:
-        _check_device("bias", tensors.bias, q)
+        check_device("bias", tensors.bias, q)
 
 
 def bias_kind(
@@ -97,7 +97,7 @@ def check_captures(q: torch.Tensor, spec: AttentionSpec, tensors: tuple[torch.Te
 
 
 def _check_capture(capture: Capture, tensor: torch.Tensor, q: torch.Tensor) -> None:
-    _check_device(f"the captured tensor {capture.name!r}", tensor, q)
+    check_device(f"the captured tensor {capture.name!r}", tensor, q)
     if str(tensor.dtype) != f"torch.{capture.dtype}" or tensor.dim() != len(capture.axes):
         raise InputError(
             f"the captured tensor {capture.name!r} must be torch.{capture.dtype} with {len(capture.axes)} dimensions, "
@@ -105,6 +105,11 @@ def _check_capture(capture: Capture, tensor: torch.Tensor, q: torch.Tensor) -> N
         )
 
 
-def _check_device(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
+def check_device(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
+    """Refuse a tensor that is not where q is.
+
+    Raises:
+        InputError: then.
+    """
     if tensor.device != q.device:
         raise InputError(f"{name} must be on the device of q, {q.device}, got {tensor.device}; move it there once")

@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from flashgen.ops.call import NO_TENSORS, Options, Tensors
 from flashgen.ops.checks import check_layout, tf32_allowed
 from flashgen.ops.cpu import forward_cpu
+from flashgen.ops.decode_call import DecodeTensors
 from flashgen.ops.recent import RecentRunners
 from flashgen.ops.runtime import Outputs, Runner, prepare, say_copied
 from flashgen.registry import generation
@@ -30,7 +31,7 @@ _NUM_TENSORS = len(Tensors._fields)
 # Lengths change from call to call in some programs: past this many kinds of call, the memo starts anew.
 _MEMO_LIMIT = 8192
 _memo: dict[tuple[object, ...], Runner] = {}
-_recent = RecentRunners()
+_recent: RecentRunners[Runner] = RecentRunners()
 
 
 def run_forward_op(
@@ -52,7 +53,7 @@ def split_arguments(rest: tuple[typing.Any, ...]) -> tuple[Tensors, Options]:
     return tensors._replace(captures=tuple(tensors.captures)), Options(*rest[_NUM_TENSORS:])
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -> bool:
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors | DecodeTensors) -> bool:
     """Return whether no subclass, mode, function transform or profiler wants to see an operator on these tensors."""
     return (
         type(q) is torch.Tensor
@@ -66,7 +67,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors) -
     )
 
 
-def _all_plain(tensors: Tensors) -> bool:
+def _all_plain(tensors: Tensors | DecodeTensors) -> bool:
     # Parameters are plain enough: nothing is dispatched on them.
     kinds = (torch.Tensor, torch.nn.Parameter)
     return all(t is None or type(t) in kinds for t in tensors[:-1]) and all(type(t) in kinds for t in tensors.captures)
@@ -85,7 +86,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
         q, k, v = (t.clone(memory_format=torch.contiguous_format) if t.data_ptr() & 15 else t for t in (q, k, v))
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     is_plain = tensors is NO_TENSORS
-    if is_plain and (runner := _recent.find(q, k, v, options)) is not None:
+    if is_plain and (runner := _recent.find((q, k, v), options)) is not None:
         return runner(q, k, v, tensors, addresses)
     dtype = q.dtype
     key = (
@@ -102,13 +103,13 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors,
         _memo[key] = runner
     elif is_plain:
         # Its second call: there will be more.
-        _recent.keep(q, k, v, options, runner)
+        _recent.keep((q, k, v), options, runner)
     return runner(q, k, v, tensors, addresses)
 
 
 def known_runner(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Runner | None:
     """Return what runs calls like this one, of nothing but Q, K and V, once there was more than one."""
-    return _recent.find(q, k, v, options)
+    return _recent.find((q, k, v), options)
 
 
 def kinds_of(tensors: Tensors) -> tuple[object, ...]:

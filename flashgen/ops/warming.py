@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from flashgen.errors import InputError
-from flashgen.measure import Gradients, random_extras, random_inputs
+from flashgen.measure import DecodeCall, Gradients, random_decode_call, random_extras, random_inputs
 from flashgen.ops.autograd import run
 from flashgen.ops.backward_op import run_backward_op
 from flashgen.ops.backward_runtime import BackwardInputs
 from flashgen.ops.call import LAYOUTS, Layout, Options, Tensors, heads_first
 from flashgen.ops.checks import check_layout
+from flashgen.ops.decode_call import DecodeOptions, DecodeTensors
+from flashgen.ops.decode_op import run_decode
 from flashgen.ops.gradients import sink_gradient
 from flashgen.ops.runtime import Outputs
 from flashgen.spec import DType, Extras, Problem, parse_problem
@@ -26,7 +29,8 @@ def warmup(
 
     Args:
         problems: problems, or their text (`b=4 hq=32 hkv=8 sq=4096 sk=4096 d=128 causal bf16`); one of the backward
-            phase (`... bf16 backward`) prepares a training step: the forward pass with lse, and the gradients.
+            phase (`... bf16 backward`) prepares a training step: the forward pass with lse, and the gradients; of one
+            of decoding (`... sq=1 sk=4096 ... decode`), sk is the room that a sequence has in the cache.
         device: the GPU that will run them.
         layout: of dense tensors; both when not given. Calls with other strides are prepared on their first use, and
             masks that only their tensors bound need one call on those.
@@ -45,6 +49,9 @@ def warmup(
 
 
 def _run_once(problem: Problem, layout: Layout, device: torch.device) -> None:
+    if problem.spec.phase == "decode":
+        _decode_once(problem, layout, device)
+        return
     q, k, v = (heads_first(t, layout) for t in random_inputs(problem, device=device, seed=0, layout=layout))
     extras = random_extras(problem, device=device, seed=0)
     # What the memo knows calls of the default scale by is None.
@@ -58,6 +65,38 @@ def _run_once(problem: Problem, layout: Layout, device: torch.device) -> None:
             assert lse is not None
             given = BackwardInputs(q, k, v, out, lse, torch.zeros_like(out), None)
             run_backward_op(given, tensors, options._replace(return_lse=True), problem.spec.dbias)
+
+
+def _decode_once(problem: Problem, layout: Layout, device: torch.device) -> None:
+    made = random_decode_call(problem, device=device, seed=0, layout=layout)
+    table, room, page_size = made.extras.page_table, problem.shape.seqlen_k, problem.spec.page_size
+    # Without the room that it has to spare: kernels are chosen by it.
+    if table is None:
+        call = dataclasses.replace(made, k=made.k[:, :, :room], v=made.v[:, :, :room])
+    else:
+        extras = dataclasses.replace(made.extras, page_table=table[:, : -(-room // page_size)])
+        call = dataclasses.replace(made, extras=extras)
+    for lse in (False, True):
+        spec = dataclasses.replace(problem.spec, lse=lse)
+        run_decode_call(dataclasses.replace(call, problem=dataclasses.replace(problem, spec=spec)), layout=layout)
+
+
+def run_decode_call(call: DecodeCall, *, layout: Layout = "bhsd", config: str = "", registry: str = "") -> Outputs:
+    """Return out and lse, None unless the spec has it, of a call of decoding, and append what it appends.
+
+    Args:
+        call: for example of `random_decode_call`; its views are heads first.
+        layout: that the caches are handed over in, and out is given in.
+        config: a config of the decode phase as `encode_config` writes it, or empty.
+        registry: a path to look in first, or empty.
+
+    Raises:
+        InputError: if a tensor does not fit; and what `attention_with_kvcache` raises.
+    """
+    q, k, v = (heads_first(t, layout) for t in (call.q, call.k, call.v))
+    options = DecodeOptions.of(call.problem, call.extras, layout=layout, config=config, registry=registry)
+    with torch.no_grad(), products_of(call.problem.spec.dtype):
+        return run_decode(q, k, v, DecodeTensors.of(call.extras, layout), options)
 
 
 def run_problem(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.ops import backward_op, cpu, functional, lengths, reading, runtime, torch_op
+from flashgen.ops import backward_op, cpu, decode_op, functional, kvcache_calls, lengths, reading, runtime, torch_op
 from flashgen.registry import clear_bundles
 
 
@@ -23,6 +23,8 @@ def _fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     torch_op._recent.clear()
     functional._recent.clear()
     backward_op._memo.clear()
+    decode_op._memo.clear()
+    kvcache_calls._recent.clear()
     cpu.say_eager.cache_clear()
     lengths._known.clear()
     reading._known.clear()
@@ -32,3 +34,5 @@ def _fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     torch_op._recent.clear()
     functional._recent.clear()
     backward_op._memo.clear()
+    decode_op._memo.clear()
+    kvcache_calls._recent.clear()

@@ -19,7 +19,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_contiguous_and_of_the_size(size: tuple[int, ...], dtype: torch.dtype) -> None:
     like = torch.zeros(1, dtype=torch.bfloat16)
     # As a shape of a tensor: what PyTorch calls a size, and does not take.
-    make = runtime._NewTensor(torch.Size(size), dtype)
+    make = runtime.NewTensor(torch.Size(size), dtype)
     made, want = make(like), like.new_empty(size, dtype=dtype)
     assert (made.shape, made.stride(), made.dtype, made.device) == (want.shape, want.stride(), dtype, want.device)
     assert made.data_ptr() != make(like).data_ptr() or not made.numel()
@@ -28,7 +28,7 @@ def test_contiguous_and_of_the_size(size: tuple[int, ...], dtype: torch.dtype) -
 
 
 def test_memory_is_filled_where_pytorch_fills_it() -> None:
-    make = runtime._NewTensor((64, 64), torch.float16)
+    make = runtime.NewTensor((64, 64), torch.float16)
     like = torch.zeros(1)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

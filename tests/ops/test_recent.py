@@ -30,12 +30,12 @@ def runner() -> Runner:
 
 def test_what_was_kept_is_found_for_the_like() -> None:
     kept, first, second = RecentRunners(), runner(), runner()
-    assert kept.find(*given(), CAUSAL) is None
-    kept.keep(*given(), CAUSAL, first)
-    kept.keep(*given(128), CAUSAL, second)
+    assert kept.find(given(), CAUSAL) is None
+    kept.keep(given(), CAUSAL, first)
+    kept.keep(given(128), CAUSAL, second)
     # Other tensors, of the same kind.
-    assert kept.find(*given(), CAUSAL) is first
-    assert kept.find(*given(128), CAUSAL) is second
+    assert kept.find(given(), CAUSAL) is first
+    assert kept.find(given(128), CAUSAL) is second
 
 
 @pytest.mark.parametrize(
@@ -54,39 +54,39 @@ def test_what_was_kept_is_found_for_the_like() -> None:
 )
 def test_nothing_is_found_for_others(change: Callable[..., Given]) -> None:
     kept = RecentRunners()
-    kept.keep(*given(), CAUSAL, runner())
-    assert kept.find(*change(*given()), CAUSAL) is None
-    assert kept.find(*given(), CAUSAL._replace(return_lse=True)) is None
+    kept.keep(given(), CAUSAL, runner())
+    assert kept.find(change(*given()), CAUSAL) is None
+    assert kept.find(given(), CAUSAL._replace(return_lse=True)) is None
 
 
 def test_registries_that_change_make_it_forget() -> None:
     kept = RecentRunners()
-    kept.keep(*given(), CAUSAL, runner())
+    kept.keep(given(), CAUSAL, runner())
     before = generation()
     clear_bundles()
     assert generation() > before
-    assert kept.find(*given(), CAUSAL) is None
+    assert kept.find(given(), CAUSAL) is None
     later = runner()
-    kept.keep(*given(), CAUSAL, later)
-    assert kept.find(*given(), CAUSAL) is later
+    kept.keep(given(), CAUSAL, later)
+    assert kept.find(given(), CAUSAL) is later
 
 
 def test_float32_depends_on_more_than_the_tensors() -> None:
     kept = RecentRunners()
-    kept.keep(*given(dtype=torch.float32), CAUSAL, runner())
-    assert kept.find(*given(dtype=torch.float32), CAUSAL) is None
+    kept.keep(given(dtype=torch.float32), CAUSAL, runner())
+    assert kept.find(given(dtype=torch.float32), CAUSAL) is None
 
 
 def test_the_first_few_kinds_stay() -> None:
     kept, runners = RecentRunners(), [runner() for _ in range(6)]
     for batch, one in enumerate(runners, 1):
-        kept.keep(*given(batch=batch), CAUSAL, one)
-    found = [kept.find(*given(batch=batch), CAUSAL) for batch in range(1, 7)]
+        kept.keep(given(batch=batch), CAUSAL, one)
+    found = [kept.find(given(batch=batch), CAUSAL) for batch in range(1, 7)]
     assert found == [*runners[:4], None, None]
 
 
 def test_a_pytorch_without_such_guards_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("torch._C._dynamo.guards.TensorGuards")
     kept = RecentRunners()
-    kept.keep(*given(), CAUSAL, runner())
-    assert kept.find(*given(), CAUSAL) is None
+    kept.keep(given(), CAUSAL, runner())
+    assert kept.find(given(), CAUSAL) is None

@@ -39,7 +39,7 @@ def marked(
 def kept() -> None:
     """The runner of a causal call of float16 tensors."""
     with torch.no_grad():
-        functional._recent.keep(*given(), CAUSAL, marked)
+        functional._recent.keep(given(), CAUSAL, marked)
 
 
 class SeesOperators(TorchDispatchMode):
