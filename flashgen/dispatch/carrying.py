@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonBackwardConfig
+from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonDecodeConfig
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import InputError
 from flashgen.heuristics import default_configs
@@ -67,6 +67,17 @@ def carried(
     if opposite is not None and not _same_kernel(entry.config, default_there) and _is_default(opposite, target):
         return Carried(config=default, change=_DISPUTED.format(range=opposite.range))
     return _refitted(entry.config, measured, problem, target)
+
+
+def by_pointers(config: KernelConfig) -> KernelConfig | None:
+    """Return what an entry of decoding says where its descriptors cannot read the caches; None of other entries.
+
+    Pages of less than a tile are such, and strides of no whole 16 bytes. The rest of the config is about how much of
+    the keys is under way and how it is divided, which is alike.
+    """
+    if isinstance(config, TritonDecodeConfig) and config.loads == "descriptor":
+        return dataclasses.replace(config, loads="pointer")
+    return None
 
 
 def _is_default(entry: RegistryEntry, target: GpuTarget) -> bool:

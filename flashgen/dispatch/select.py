@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flashgen.codegen import KernelConfig, is_current
 from flashgen.codegen.constraints import check_config, shape_refusal
-from flashgen.dispatch.carrying import carried
+from flashgen.dispatch.carrying import by_pointers, carried
 from flashgen.dispatch.distance import regimes, same_occupancy, same_regime, shape_distance
 from flashgen.dispatch.features import OTHER_KERNEL, feature_gap, shown_spec
 from flashgen.dispatch.selection import RUNGS, Refusal, Rung, Selection
@@ -23,6 +23,7 @@ Usable = collections.abc.Callable[[KernelConfig], "str | None"]
 # There may be hundreds of entries for other features, and none speaks of the very problem. Trying one renders its code.
 _MAX_RELATED_TRIED = 16
 _MAX_RELATED_LISTED = 5
+_BY_POINTERS = "loads pointer for descriptor, which cannot read these caches"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ class _Ladder:
     ) -> collections.abc.Iterator[_Candidate]:
         """Yield what the candidate says for the problem, then its config as it is, where that differs.
 
-        An entry whose config cannot compute the problem says nothing.
+        An entry whose config cannot compute the problem says nothing, but for caches that its descriptors cannot read.
         """
         if candidate.entry is not None and not self._illegal(candidate.config):
             opposite = _opposite(candidate, candidates, self.problem)
@@ -145,6 +146,9 @@ class _Ladder:
             if found.config != candidate.config:
                 yield dataclasses.replace(candidate, config=found.config, change=found.change)
         yield candidate
+        pointers = by_pointers(candidate.config) if candidate.entry is not None else None
+        if pointers is not None:
+            yield dataclasses.replace(candidate, config=pointers, change=_BY_POINTERS)
 
     def _illegal(self, config: KernelConfig) -> str | None:
         reasons = check_config(config, self.problem.spec, self.target)

@@ -16,7 +16,9 @@ from flashgen.ops.checks import check_layout, problem_of
 from flashgen.ops.cpu import INTERPRETED_AS
 from flashgen.ops.request import MaskLike, Request, ScoreModLike, arguments_of
 from flashgen.ops.runtime import Layouts, choose, operands_of
-from flashgen.spec.problem import PHASES, Phase
+from flashgen.spec.problem import Phase
+
+_PHASES: tuple[Phase, ...] = ("forward", "backward")
 
 
 def explain(
@@ -55,10 +57,12 @@ def explain(
 
     Given what `attention_varlen` takes, the answer is for that. For CPU tensors it is for `sm_90`, as in the
     interpreter. Arguments and errors are those of the two functions, but for `phase`: `backward` asks for the kernels
-    of the gradients, that of the bias among them where it requires one; `config` is then one of theirs.
+    of the gradients, that of the bias among them where it requires one; `config` is then one of theirs. Of decoding
+    tells `explain_with_kvcache`.
     """
-    if phase not in PHASES:
-        raise InputError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
+    if phase not in _PHASES:
+        more = ", of which explain_with_kvcache tells" if phase == "decode" else ""
+        raise InputError(f"phase must be one of {', '.join(_PHASES)}, got {phase!r}{more}")
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if not packed:
         check_layout(layout)

@@ -193,6 +193,8 @@ def _decode_case(problem: Problem, device: torch.device, seed: int, whole: bool)
     oracle = functools.cache(lambda: Oracle(call.q, call.k, call.v, spec=spec, extras=call.extras, heads=heads))
     # Before anything is appended; where nothing is, the caches are inputs like others.
     caches = CacheOracle(call) if spec.append else None
+    if spec.append:
+        oracle()
 
     def judge() -> AccuracyReport:
         report = oracle().judge(written["out"], written.get("lse"))

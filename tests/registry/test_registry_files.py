@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flashgen.codegen import TritonBackwardConfig
+from flashgen.codegen import TritonBackwardConfig, TritonDecodeConfig
 from flashgen.errors import RegistryError
 from flashgen.registry import RegistryEntry, load_indexed, merge, read_file, write_entries
 from flashgen.registry.files import file_name
 from flashgen.registry.yaml_text import dump
-from flashgen.spec import parse_mask
+from flashgen.spec import parse_mask, parse_problem
 from flashgen.spec.mods import parse_mod
 
 NAME = "nvidia_h200.forward.yaml"
@@ -415,3 +415,14 @@ def test_written_file_is_plain_yaml(tmp_path, make_entry) -> None:
     content = yaml.safe_load(path.read_text())
     assert content["entries"][0]["range"]["seqlen_q"] == [4096, 4096]
     assert content["entries"][0]["performance"]["baseline_us"] is None
+
+
+def test_entries_of_decoding_have_a_file_of_their_own(tmp_path, make_entry) -> None:
+    config = TritonDecodeConfig(block_m=16, block_n=64, num_warps=4, num_stages=3, schedule="aligned", programs=4)
+    spec = parse_problem("h=1 sq=1 sk=64 d=576 dv=512 shared_kv fp8_kv decode").spec
+    decode = dataclasses.replace(make_entry(4096), spec=spec, config=config, runners_up=())
+    paths = write_entries(tmp_path, [make_entry(4096), decode])
+    assert [path.name for path in paths] == ["nvidia_h200.decode.yaml", "nvidia_h200.forward.yaml"]
+    assert read_file(paths[0]).entries == (decode,)
+    assert "phase: decode" in paths[0].read_text()
+    assert "features: [fp8_kv, shared_kv]" in paths[0].read_text()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashgen.codegen import TritonBackwardConfig
-from flashgen.launch import interpret_backward
+from flashgen.codegen import TritonBackwardConfig, TritonDecodeConfig
+from flashgen.launch import interpret_backward, interpret_decode
 from flashgen.measure import Rejected
 from flashgen.spec import parse_problem
 from flashgen.tuning import cpu_jobs
@@ -58,3 +58,31 @@ def test_a_fault_in_any_gradient_is_caught(monkeypatch, name, fault):
     assert rejected.stage == "accuracy"
     assert rejected.reason.startswith("in the interpreter at b=1 hq=2 hkv=1 sq=133 sk=261")
     assert f" {name}" in rejected.reason
+
+
+DECODE = TritonDecodeConfig(block_m=16, block_n=32, num_warps=4, num_stages=1, loops="single", schedule="aligned")
+
+
+def decoding(words: str):
+    return parse_problem(f"b=16 hq=8 hkv=2 sq=1 sk=4096 d=16 decode {words}")
+
+
+@pytest.mark.parametrize("words", ["bf16", "causal append rotary=halves fp16", "shared_kv fp32", "fp8_kv bf16"])
+def test_right_decoding_passes(words):
+    worst = cpu_jobs.check_interpreted(decoding(words), DECODE)
+    assert not isinstance(worst, Rejected)
+    assert 0 < worst[0] <= worst[1]
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "k", "v"])
+def test_a_fault_in_decoding_is_caught(monkeypatch, name):
+    def faulty(tensors, **kwargs):
+        interpret_decode(tensors, **kwargs)
+        wrong = tensors[name]
+        wrong[(-1,) * wrong.dim()] = 30.0
+
+    monkeypatch.setattr(cpu_jobs, "interpret_decode", faulty)
+    rejected = cpu_jobs.check_interpreted(decoding("causal append fp16"), DECODE)
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason.startswith("in the interpreter at b=3 hq=2 hkv=1 sq=1 sk=261")
+    assert name in rejected.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import typing
 from collections.abc import Callable
@@ -9,18 +10,20 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig
 from flashgen.errors import FlashgenError
-from flashgen.launch import interpret_backward, interpret_forward
+from flashgen.launch import interpret_backward, interpret_decode, interpret_forward
 from flashgen.measure import (
     HostClock,
     Oracle,
     Rejected,
+    awkward_decode_shapes,
     awkward_shapes,
     poisoned_outputs,
     random_extras,
     random_inputs,
 )
+from flashgen.measure.graph_clock import Rotation
 from flashgen.measure.peer import Peer
 from flashgen.spec import Problem, parse_problem
 from flashgen.tuning import awkward, gpu_cases, gpu_jobs
@@ -33,6 +36,8 @@ OWN_DQ = TritonBackwardConfig(
 ATOMIC = TritonBackwardConfig(block_m1=16, block_n1=16, num_warps=1, num_stages=1, dq="atomic")
 ORDERED = TritonBackwardConfig(block_m1=16, block_n1=16, num_warps=1, num_stages=1, dq="ordered")
 
+DECODE = TritonDecodeConfig(block_m=16, block_n=16, num_warps=1, num_stages=1, programs=1)
+
 Plant = Callable[[dict[str, torch.Tensor]], object]
 
 
@@ -42,6 +47,9 @@ def problem(words: str, phase: str = "backward") -> Problem:
 
 def interpreted(case: Case, config: KernelConfig) -> None:
     tensors = case.tensors
+    if case.problem.spec.phase == "decode":
+        interpret_decode(tensors, problem=case.problem, config=config, extras=case.extras)
+        return
     if case.problem.spec.phase == "backward":
         read = {name: t for name, t in tensors.items() if name not in ("dq", "dk", "dv")}
         found = interpret_backward(read, problem=case.problem, config=config, extras=case.extras)
@@ -78,6 +86,8 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plant], None]:
     monkeypatch.setattr(
         awkward, "awkward_shapes", lambda *args: [*awkward_shapes(*args)[1:3], awkward_shapes(*args)[5]]
     )
+    # A batch of lengths of its own, and more rows than a tile has.
+    monkeypatch.setattr(awkward, "awkward_decode_shapes", lambda *args: awkward_decode_shapes(*args)[1:6:4])
     set_fault(lambda tensors: None)
     return set_fault
 
@@ -217,3 +227,100 @@ def test_finalists_are_raced_beside_a_baseline(plant, monkeypatch):
     assert found.timings["planted"].median_us < found.timings["0"].median_us
     alone = gpu_jobs.race(problem("causal fp16", "forward"), [FORWARD], 1.0, 0, False)
     assert (list(alone.timings), alone.at_least) == (["0"], {"0": 1.0})
+
+
+def decode(words: str = "", sizes: str = "b=2 hq=4 hkv=2 sq=2 sk=40") -> Problem:
+    return parse_problem(f"{sizes} d=16 decode fp16 {words}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "causal",
+        "sliding_window(9,0) page=4 leftpad sinks",
+        "causal append rotary=halves batch_idx softcap",
+        "append rotary=pairs page=16 lse alibi",
+        "shared_kv",
+        "fp8_kv descale page=8",
+    ],
+)
+def test_a_right_kernel_of_decoding_passes(plant, words):
+    config = DECODE if "fp8" not in words else TritonDecodeConfig(block_m=16, block_n=32, num_warps=1, num_stages=1)
+    assert gpu_jobs.check_awkward(decode(words), config) is None
+    error, allowed = gpu_jobs._check_own_shape(decode(words), config)
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_a_fault_in_decoding_is_caught(plant, name):
+    plant(last_element(name))
+    for check in (gpu_jobs.check_awkward, gpu_jobs._check_own_shape):
+        rejected = check(decode("causal lse"), DECODE)
+        assert isinstance(rejected, Rejected)
+        assert f": {name}[" in rejected.reason
+
+
+def test_what_is_appended_is_checked_and_nothing_else_may_change(plant):
+    def never_appended(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["v"].fill_(torch.nan)
+
+    appending = decode("causal append")
+    for fault in (never_appended, last_element("k"), last_element("v")):
+        plant(fault)
+        rejected = gpu_jobs.check_awkward(appending, DECODE)
+        assert isinstance(rejected, Rejected)
+        assert "after the call and should be" in rejected.reason
+        gpu_jobs._small_case.cache_clear()
+    plant(last_element("k"))
+    rejected = gpu_jobs.check_awkward(decode("causal"), DECODE)
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason.endswith("an input was written")
+
+
+def test_rows_that_a_kernel_forgets_to_append_are_those_of_the_run_before(plant, monkeypatch):
+    case = gpu_cases.make_case(decode("causal append"), device=torch.device("cpu"), seed=0, whole=False)
+    interpreted(case, DECODE)
+    assert case.judge().ok
+    # Only what was spoiled shows that nothing is written.
+    case.poison()
+    assert not case.judge().ok
+    last = case.calls[0].k[0, :, 39]
+    assert last.isnan().all()
+
+
+def test_pages_and_appended_keys_are_confirmed(plant):
+    appended = []
+    plant(lambda tensors: appended.append(tensors["k"].shape[2]))
+    assert gpu_jobs.confirm(decode("causal"), DECODE) is None
+    # The rows of one page each.
+    assert set(appended) == {256}
+    plant(lambda tensors: tensors["lse"][corner(tensors["lse"])].add_(1.0))
+    for words in ("causal", "shared_kv"):
+        rejected = gpu_jobs.confirm(decode(words), DECODE)
+        assert isinstance(rejected, Rejected)
+        assert "lse[" in rejected.reason
+
+
+def test_calls_of_decoding_take_turns(plant, monkeypatch):
+    monkeypatch.setattr(gpu_cases, "rotation_size", lambda call_bytes, device: 3)
+    call = gpu_cases.make_case(decode("shared_kv"), device=torch.device("cpu"), seed=0, whole=False).calls[0]
+    own = gpu_jobs._own_case(decode("shared_kv"))
+    monkeypatch.setattr(gpu_jobs, "_own_case", lambda problem: dataclasses.replace(own, calls=call.copies(3)))
+    case = gpu_jobs._own_case(decode("shared_kv"))
+    turns = case.in_turn()
+    assert len({turn.tensors["k"].data_ptr() for turn in turns}) == 3
+    assert all(turn.tensors["v"].data_ptr() == turn.tensors["k"].data_ptr() for turn in turns)
+    assert {turn.tensors["out"].data_ptr() for turn in turns} == {case.tensors["out"].data_ptr()}
+    rotation = gpu_jobs._timed(case, DECODE)
+    assert isinstance(rotation, Rotation)
+    assert len(rotation.calls) == 3
+
+
+def test_decoding_is_raced_beside_what_decodes(plant, monkeypatch):
+    monkeypatch.setattr(gpu_jobs, "_clock_of", lambda problem: HostClock())
+    monkeypatch.setattr(gpu_jobs, "_FINAL_ROUNDS", 2)
+    planted = Peer(name="planted", make=lambda *args: "no", make_decode=lambda calls: tuple(lambda: c.q for c in calls))
+    refusing = Peer(name="refusing", make=lambda *args: lambda: None, make_decode=lambda calls: "no")
+    monkeypatch.setattr(gpu_jobs, "default_baselines", lambda device: (planted, refusing))
+    found = gpu_jobs.race(decode("causal"), [DECODE], 1.0, 0, True)
+    assert list(found.timings) == ["0", "planted"]
