@@ -4,7 +4,8 @@ Two questions. What a call costs that is like an earlier one: all of it, the raw
 it, and finding the kernel again. And what the first call of a process costs, imports aside, for a shape that the
 shipped registry knows: with empty caches, with Triton's alone, and with all that an earlier process left.
 
-Without a GPU the kernels are those of `--target`, and what needs one is left out: launches, and loading the binary.
+Without a GPU the kernels are those of `--target`, and what needs one is left out: launches, and loading the binary. A
+`--shape` of decoding asks the same of `flashgen.attention_with_kvcache`, on a GPU alone, and calls others beside it.
 Nothing is tuned and nothing is asserted. First calls are medians of fresh processes, calls of batches in one process.
 """
 
@@ -28,13 +29,15 @@ from pathlib import Path
 import torch
 
 import flashgen
-from flashgen.cli.output import print_json, print_table
+from flashgen.cli.output import note, print_json, print_table
 from flashgen.codegen import render
 from flashgen.compile import compile_kernel, compiler
-from flashgen.launch import allocate_outputs, bind_forward
+from flashgen.dispatch import Selection
+from flashgen.launch import allocate_outputs, bind_decode, bind_forward
 from flashgen.launch.kernel import BoundKernel
-from flashgen.measure import host_time_us, random_inputs
-from flashgen.ops import functional, runtime
+from flashgen.measure import host_time_us, random_decode_call, random_inputs
+from flashgen.measure.peers import CUDNN, FA3, FLASH
+from flashgen.ops import decode_runtime, functional, runtime
 from flashgen.ops.call import Options
 from flashgen.spec import Extras, Problem, parse_problem
 from flashgen.target import named_target
@@ -43,8 +46,9 @@ SHAPE = "b=4 hq=32 hkv=8 s=4096 d=128 causal bf16"
 Figures = dict[str, float]
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
+_BESIDE = (CUDNN, FLASH, FA3)
 _CALLS = {
-    "call": "flashgen.attention, like an earlier call, no gradients",
+    "call": "flashgen's function, like an earlier call, no gradients",
     "raw": "raw launch of the same compiled kernel",
     "over": "the call over its raw launch",
     "allocate": "of a call, memory for out",
@@ -52,6 +56,7 @@ _CALLS = {
     "find": "of a call, finding the kernel again",
     "new": "choosing a kernel for a kind of call that is new",
     "empty": "to compare machines by: torch.empty(4) on the CPU",
+    **{peer.name: f"beside decoding: {peer.name}" for peer in _BESIDE},
 }
 _FIRST = {
     "cold": "caches empty: render, compile, write",
@@ -87,7 +92,8 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=SHAPE, help=f"a dense problem of Q, K, V and a mask; default: {SHAPE}")
+    shape_help = f"a dense problem of Q, K, V and a mask, or one of decoding; default: {SHAPE}"
+    parser.add_argument("--shape", default=SHAPE, help=shape_help)
     parser.add_argument("--target", default="H200", help="whose kernels, where no GPU is")
     parser.add_argument("--repeat", type=int, default=3, help="processes to take the median of")
     parser.add_argument("--only", choices=("calls", "first"), help="answer one of the two questions")
@@ -120,6 +126,8 @@ def _in_process(options: argparse.Namespace, caches: dict[str, str], step: str) 
     done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    # Which of the others cannot run the problem, and why.
+    print(done.stderr, end="", file=sys.stderr)
     found: Figures = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -159,6 +167,7 @@ def _first_call(options: argparse.Namespace) -> Figures:
         (rendering, "_render", "render"),
         (compiler, "_built", "binary"),
         (runtime, "choose", "choose"),
+        (decode_runtime, "choose", "choose"),
         (BoundKernel, "__call__", "launch"),
     ):
         setattr(owner, name, watch.around(part, getattr(owner, name)))
@@ -186,12 +195,17 @@ def _inputs(options: argparse.Namespace, device: str) -> tuple[Problem, Given]:
 
 
 def _a_call(options: argparse.Namespace) -> Callable[[], object]:
-    problem, (q, k, v) = _inputs(options, "cuda")
+    problem = parse_problem(options.shape)
+    if problem.spec.phase == "decode":
+        attend = _Decoding(problem).call
+    else:
+        _, (q, k, v) = _inputs(options, "cuda")
+        attend = functools.partial(flashgen.attention, q, k, v, mask=problem.spec.mask)
     torch.cuda.synchronize()
 
     def call() -> None:
         with torch.no_grad():
-            flashgen.attention(q, k, v, mask=problem.spec.mask)
+            attend()
         torch.cuda.synchronize()
 
     return call
@@ -206,8 +220,14 @@ def _a_choice(options: argparse.Namespace) -> Callable[[], object]:
 
 def _calls(options: argparse.Namespace) -> Figures:
     """Return the microseconds of calls like earlier ones, and of their parts."""
+    problem = parse_problem(options.shape)
     with torch.no_grad():
-        found = _gpu_calls(options) if torch.cuda.is_available() else _host_parts(options, *_small_inputs(options))
+        if problem.spec.phase == "decode":
+            found = _Decoding(problem).figures()
+        elif torch.cuda.is_available():
+            found = _gpu_calls(options)
+        else:
+            found = _host_parts(options, *_small_inputs(options))
     return {name: found[name] for name in _CALLS if name in found}
 
 
@@ -228,10 +248,10 @@ def _host_parts(options: argparse.Namespace, problem: Problem, given: Given) -> 
     key = (mask, None, "bhsd", False, False, None, None)
     known, nothing = functional._recent, (given[0], None)
     kept, known._kinds = known._kinds, {}
-    known.keep(*given, key, lambda *call: nothing)
+    known.keep(given, key, lambda *call: nothing)
     figures = {
         "before": _fastest_us(lambda: flashgen.attention(*given, **asked)),
-        "find": _fastest_us(lambda: known.find(*given, key)),
+        "find": _fastest_us(lambda: known.find(given, key)),
         "empty": _fastest_us(lambda: torch.empty(4)),
     }
     known._kinds = kept
@@ -255,12 +275,20 @@ def _gpu_calls(options: argparse.Namespace) -> Figures:
     out = allocate_outputs(q, spec)[0]
     tensors = {"q": q, "k": k, "v": v, "out": out}
     raw = bind_forward(problem, selection.config, compiled, Extras(softmax_scale=spec.default_scale), tensors)
-    allocate = runtime._NewTensor(out.shape, out.dtype)
+    allocate = runtime.NewTensor(out.shape, out.dtype)
     called: dict[str, Callable[[], object]] = {
         "call": lambda: flashgen.attention(q, k, v, **asked),
         "raw": raw,
         "allocate": lambda: allocate(q),
     }
+    figures = _in_turns(called)
+    figures |= _host_parts(options, problem, (q, k, v))
+    figures["new"] = host_time_us(lambda: flashgen.explain(q, k, v, **asked), repeats=20)
+    return figures
+
+
+def _in_turns(called: dict[str, Callable[[], object]]) -> Figures:
+    """Return the host time of each call, and of `call` over `raw`."""
     # In turns, as the clock of the host wanders; three calls, and all that is to be kept is.
     rounds: list[Figures] = []
     for call in called.values():
@@ -268,11 +296,51 @@ def _gpu_calls(options: argparse.Namespace) -> Figures:
             call()
     for _ in range(5):
         rounds.append({name: host_time_us(call) for name, call in called.items()})
-    figures = _medians(rounds)
-    figures["over"] = statistics.median(each["call"] - each["raw"] for each in rounds)
-    figures |= _host_parts(options, problem, (q, k, v))
-    figures["new"] = host_time_us(lambda: flashgen.explain(q, k, v, **asked), repeats=20)
-    return figures
+    over = statistics.median(each["call"] - each["raw"] for each in rounds)
+    return _medians(rounds) | {"over": over}
+
+
+class _Decoding:
+    """One call of a decode problem, over caches of as many rows as its sequences have keys."""
+
+    def __init__(self, problem: Problem) -> None:
+        if not torch.cuda.is_available():
+            raise SystemExit(f"decoding is measured on a GPU alone, and here is none: got {problem}")
+        self._given = given = random_decode_call(problem, device="cuda", seed=0, layout="bshd")
+        names = ("cache_seqlens", "page_table", "cache_batch_idx", "cache_leftpad", "rotary_cos", "rotary_sin")
+        more = ("alibi_slopes", "sinks", "k_descale", "v_descale", "softmax_scale", "softcap")
+        self._asked: dict[str, typing.Any] = {name: getattr(given.extras, name) for name in (*names, *more)}
+        self._asked |= {"k": given.extras.k_new, "v": given.extras.v_new, "mask": problem.spec.mask, "layout": "bhsd"}
+        self._asked["rotary_interleaved"] = problem.spec.rotary == "pairs"
+
+    def call(self) -> object:
+        """Call flashgen's function."""
+        return flashgen.attention_with_kvcache(self._given.q, self._given.k, self._given.v, **self._asked)
+
+    def explain(self) -> Selection:
+        """Return which kernel that is."""
+        return flashgen.explain_with_kvcache(self._given.q, self._given.k, self._given.v, **self._asked)
+
+    def figures(self) -> Figures:
+        """Return the microseconds of calls like earlier ones: flashgen's, its kernel's launch alone, and others."""
+        selection, given = self.explain(), self._given
+        problem, config = selection.problem, selection.config
+        compiled = compile_kernel(render(problem.spec, config), problem.spec, config, selection.target)
+        allocate = runtime.NewTensor((*given.q.shape[:-1], problem.spec.head_dim_v), given.q.dtype)
+        tensors = {"q": given.q, "k": given.k, "v": given.v, "out": allocate(given.q)}
+        called: dict[str, Callable[[], object]] = {
+            "call": self.call,
+            "raw": bind_decode(problem, config, compiled, given.extras, tensors),
+            "allocate": lambda: allocate(given.q),
+        }
+        for peer in _BESIDE:
+            made = peer.make_decode((given,))
+            if isinstance(made, str):
+                note(made)
+            else:
+                (called[peer.name],) = made
+        figures = _in_turns(called) | {"empty": _fastest_us(lambda: torch.empty(4))}
+        return figures | {"new": host_time_us(self.explain, repeats=20)}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from flashgen.codegen import (
     HopperForwardConfig,
     KernelConfig,
     TritonBackwardConfig,
+    TritonDecodeConfig,
     TritonForwardConfig,
     config_from_dict,
     templates_of,
@@ -20,11 +21,11 @@ from flashgen.spec import Problem
 def parse_config(text: str | None, problems: Iterable[Problem]) -> KernelConfig | None:
     """Return the config that `key=value` words describe, the inverse of `str(config)`; None for None.
 
-    A word without `=` is the template, one of those of the problems' phase; left out, it is `triton/forward` or
-    `triton/backward`.
+    A word without `=` is the template, one of those of the problems' phase; left out, it is `triton/forward`,
+    `triton/backward` or `triton/decode`.
 
     Raises:
-        ConfigError: for a repeated, unknown, missing or wrongly typed value, or problems of another phase or of both.
+        ConfigError: for a repeated, unknown, missing or wrongly typed value, or problems of other phases or several.
     """
     if text is None:
         return None
@@ -51,9 +52,10 @@ def short_config(config: KernelConfig) -> str:
     """Return a config in a few characters.
 
     `128x64 w8 s2 descriptor r168 g4 h2 single`, or of a backward one `64x128 w8 s2 dq 128x64 w8 s2 pointer`, where the
-    tiles of dQ's own kernel follow those of dK and dV, and `dq atomic` or `dq ordered` stands for none; or of one for
-    Hopper `hopper 2x64 n128 s2 registers alternate late rescale8 out-half half overlap named g4+32`: consumers and
-    their rows, keys, stages, then what is not as usual, and the heads of a group and of the last.
+    tiles of dQ's own kernel follow those of dK and dV, and `dq atomic` or `dq ordered` stands for none; of decoding
+    `16x64 w4 s3 pointer r128 h2 single aligned p2 b4`, with the programs of a multiprocessor and the least key tiles of
+    a part; or of one for Hopper `hopper 2x64 n128 s2 registers alternate late rescale8 out-half half overlap named
+    g4+32`: consumers and their rows, keys, stages, then what is not as usual, and the heads of a group and of the last.
     """
     match config:
         case TritonForwardConfig():
@@ -63,6 +65,8 @@ def short_config(config: KernelConfig) -> str:
             tile = [f"{config.block_m1}x{config.block_n1}", f"w{config.num_warps}", f"s{config.num_stages}", "dq"]
             own = [f"{config.block_m2}x{config.block_n2}", f"w{config.num_warps2}", f"s{config.num_stages2}"]
             return _short_triton(config, tile + (own if config.dq == "kernel" else [config.dq]), [])
+        case TritonDecodeConfig():
+            return _short_decode(config)
         case HopperForwardConfig():
             return _short_hopper(config)
     return str(config)
@@ -74,6 +78,15 @@ def _short_triton(config: TritonForwardConfig | TritonBackwardConfig, tile: list
     words += [f"g{config.head_group}"] if config.head_group != 1 else []
     words += [*cut, *([config.loops] if config.loops != "split" else [])]
     return " ".join(words)
+
+
+def _short_decode(config: TritonDecodeConfig) -> str:
+    words = [f"{config.block_m}x{config.block_n}", f"w{config.num_warps}", f"s{config.num_stages}", config.loads]
+    words += [f"r{config.maxnreg}"] if config.maxnreg else []
+    words += [f"h{config.head_tiles}"] if config.head_tiles != 1 else []
+    words += [config.loops] if config.loops != "split" else []
+    words += [config.schedule] if config.schedule != "even" else []
+    return " ".join([*words, f"p{config.programs}", *([f"b{config.min_blocks}"] if config.min_blocks != 1 else [])])
 
 
 def _short_hopper(config: HopperForwardConfig) -> str:

@@ -15,9 +15,9 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "ModelProblems",
-    "decoding_from_config",
     "RankMismatchError",
     "check_ranks",
+    "decoding_from_config",
     "load_presets",
     "preset",
     "problems_from_config",

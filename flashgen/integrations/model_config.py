@@ -1,8 +1,8 @@
 """The attention problems of a model, from the raw JSON of its Hugging Face `config.json`; imports no model library.
 
 Only what this version computes exactly becomes a problem: self-attention of a prefill, full or causal, and of the token
-after it, with sliding windows, chunks, softcapping, ALiBi and sinks. Everything else (relative position bias, block-sparse attention, layers
-that are no attention, ...) is named in `ModelProblems.skipped`.
+after it, with sliding windows, chunks, softcapping, ALiBi and sinks. Everything else (relative position bias,
+block-sparse attention, layers that are no attention, ...) is named in `ModelProblems.skipped`.
 """
 
 from __future__ import annotations

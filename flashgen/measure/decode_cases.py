@@ -84,7 +84,8 @@ def random_decode_call(
     q = random_inputs(sized, device=device, seed=seed, layout=layout)[0]
     sized = _sized(problem, batch=shape.batch, seqlen_k=seqlen_new)
     _, k_new, v_new = random_inputs(sized, device=device, seed=seed + _NEW_SEED, layout=layout)
-    tables = _rotary_tables(spec, capacity, device, seed) if spec.rotary else (None, None)
+    positions = max(capacity, pages * spec.page_size)
+    tables = _rotary_tables(spec, positions, device, seed) if spec.rotary else (None, None)
     extras = dataclasses.replace(
         plain,
         q_descale=None,

@@ -249,11 +249,12 @@ class OpenRun:
         return now + (self._start + self.run.budget_s - now) / searches
 
     def _study(self, task: Task, choices: Choices) -> ProblemStudy:
+        timing = self._evaluator.timing(task.problem.spec.phase)
         return ProblemStudy(
             self._storage,
             problem=task.problem,
             target=task.target,
-            how=f"{self._evaluator.timing(task.problem.spec.phase)}, triton {task.software.triton}, driver {task.software.driver}",
+            how=f"{timing}, triton {task.software.triton}, driver {task.software.driver}",
             configs=choices.configs,
             seeds=choices.seeds,
             seed=task.seed,

@@ -17,7 +17,7 @@ from flashgen.cli.comparison import OURS, Comparison, compare
 from flashgen.cli.configs import parse_config, short_config
 from flashgen.cli.machine import interpreter_finding
 from flashgen.cli.problems import resolve_problems, training_steps
-from flashgen.codegen import KernelConfig, TritonBackwardConfig, render
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonDecodeConfig, render
 from flashgen.dispatch import Selection
 from flashgen.errors import ConfigError, InputError
 from flashgen.measure import HostClock, Timing, gradient_reference, random_output_gradients
@@ -27,7 +27,10 @@ from flashgen.spec import Extras, Problem, parse_problem
 from flashgen.target import named_target
 from flashgen.tuning.events import ProblemResult, TuneReport
 
+MODEL = Path(__file__).parents[1] / "integrations" / "configs" / "llama-3-8b.json"
 SMALL = "b=1 hq=2 hkv=1 s=64 d=32 causal fp16"
+DECODE = "b=1 hq=2 hkv=1 sq=1 sk=64 d=32 full fp16 decode"
+CHUNK = "b=1 hq=2 hkv=1 sq=8 sk=64 d=32 causal fp16"
 TWO_KERNELS = "block_m1=32 block_n1=32 num_warps=2 num_stages=1 block_m2=32 block_n2=32 num_warps2=2 num_stages2=1"
 ADDED = "block_m1=32 block_n1=64 num_warps=4 num_stages=2 dq=atomic"
 
@@ -55,6 +58,16 @@ def texts(*lines: str) -> list[str]:
         (f"{SMALL} backward", None, [f"{SMALL} backward"]),
         (f"{SMALL} backward", "forward,backward", [f"{SMALL} backward"]),
         (f"{SMALL} forward", "forward,backward", [f"{SMALL} forward"]),
+        # Of one query over as many keys a causal mask hides nothing.
+        (SMALL, "decode", [DECODE]),
+        (SMALL, "decode,forward", [SMALL, DECODE]),
+        (SMALL, "forward,backward,decode", [f"{SMALL} lse", f"{SMALL} backward", DECODE]),
+        (f"{SMALL} deterministic", "backward,decode", [f"{SMALL} backward deterministic", DECODE]),
+        (SMALL.replace("causal", "sliding_window(7,0)"), "decode", [DECODE.replace("full", "sliding_window(7,0)")]),
+        # A text that says how many queries there are keeps them.
+        (CHUNK, "decode", [f"{CHUNK} decode"]),
+        (f"{CHUNK} lse page=16", "decode", [f"{CHUNK} lse page=16 decode"]),
+        (f"{CHUNK} append rotary=pairs decode", None, [f"{CHUNK} append rotary=pairs decode"]),
     ],
 )
 def test_phases_of_a_shape(shape: str, phase: str | None, expected: list[str]) -> None:
@@ -64,8 +77,11 @@ def test_phases_of_a_shape(shape: str, phase: str | None, expected: list[str]) -
 @pytest.mark.parametrize(
     ("shape", "phase", "said"),
     [
-        (SMALL, "decode", "--phase takes forward, backward or both"),
-        (SMALL, "", "--phase takes forward, backward or both"),
+        (SMALL, "forward,sideways", "--phase takes forward, backward, decode or several"),
+        (SMALL, "", "--phase takes forward, backward, decode or several"),
+        (f"{SMALL} decode", "forward", "--phase asks for forward, the shape .* is decode"),
+        (f"{SMALL} varlen", "decode", "the decode phase has no varlen"),
+        (f"{SMALL} page=16", "forward,decode", "page_size: of the decode phase alone, got forward"),
         (f"{SMALL} backward", "forward", "--phase asks for forward, the shape .* is backward"),
         (f"{SMALL} forward", "backward", "is forward"),
         (f"{SMALL} lse", "backward", "lse is an output of the forward phase"),
@@ -94,6 +110,31 @@ def test_listed_problems_without_the_phase_are_skipped_and_named(capsys: pytest.
     assert all(" fp8" in line or "up to 256" in line for line in skipped)
 
 
+def test_a_preset_decodes_its_next_tokens_and_one_of_decoding_does_nothing_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (quick,) = resolved(preset="quick", phase="decode")
+    assert quick == "b=1 hq=32 hkv=8 sq=1 sk=4096 decode d=128 full bf16"
+    decode = resolved(preset="decode")
+    assert resolved(preset="decode", phase="decode") == decode
+    assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match="none of these problems has the phase forward"):
+        resolved(preset="decode", phase="forward")
+    assert capsys.readouterr().err.count("decode problems have no forward phase") == len(decode)
+
+
+def test_a_model_has_prefill_and_decoding() -> None:
+    def of(phase: str | None) -> list[Problem]:
+        return list(resolve_problems(MODEL, None, None, phase=phase, seqlens="4096"))
+
+    forward, decode = of("forward"), of("decode")
+    assert list(map(str, forward)) == texts("b=4 hq=32 hkv=8 s=4096 d=128 causal bf16")
+    assert of(None) == [*forward, *decode]
+    assert {problem.spec.phase for problem in decode} == {"decode"}
+    assert [problem.spec.phase for problem in of("forward,backward")] == ["forward", "backward"]
+    assert of("forward,backward")[0].spec.lse
+
+
 def test_only_the_phases_of_one_problem_are_a_training_step() -> None:
     lines = [f"{SMALL} lse", f"{SMALL} backward deterministic", f"{SMALL} softcap backward", "b=2 h=2 s=64 d=32"]
     problems = [parse_problem(line) for line in lines]
@@ -108,6 +149,17 @@ def test_a_config_is_of_the_template_of_the_phase() -> None:
     added = parse_config(ADDED, [parse_problem(f"{SMALL} backward")])
     assert added is not None
     assert short_config(added) == "32x64 w4 s2 dq atomic pointer"
+
+
+def test_a_config_of_decoding_in_a_few_characters() -> None:
+    plain = parse_config("block_m=16 block_n=64 num_warps=4 num_stages=3", [parse_problem(DECODE)])
+    assert isinstance(plain, TritonDecodeConfig)
+    assert short_config(plain) == "16x64 w4 s3 pointer p2"
+    other = dataclasses.replace(
+        plain, loads="descriptor", maxnreg=128, head_tiles=2, loops="single", schedule="aligned", min_blocks=4
+    )
+    assert short_config(other) == "16x64 w4 s3 descriptor r128 h2 single aligned p2 b4"
+    assert parse_config(str(other), [parse_problem(DECODE)]) == other
 
 
 @pytest.mark.parametrize(
@@ -127,9 +179,19 @@ def test_a_config_of_another_phase_is_refused(text: str, phase: str, said: str) 
 
 @pytest.mark.parametrize("command", ["explain", "emit", "compile", "verify", "tune"])
 def test_an_unknown_phase_is_bad_usage_everywhere(run: typing.Any, command: str) -> None:
-    result = run(command, "--shape", SMALL, "--phase", "forward,decode")
+    result = run(command, "--shape", SMALL, "--phase", "forward,sideways")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "'forward,decode'" in result.stderr
+    assert "'forward,sideways'" in result.stderr
+
+
+def test_decoding_is_emitted_and_explained(run: typing.Any) -> None:
+    shown = run("emit", "--shape", SMALL, "--phase", "decode", "--target", "H200")
+    assert shown.exit_code == 0, shown.stderr
+    assert "def attn_decode(" in shown.stdout
+    told = run("explain", "--shape", DECODE, "--target", "H200", "--json")
+    (selection,) = json.loads(told.stdout)["selections"]
+    assert selection["config"]["template"] == "triton/decode"
+    assert selection["problem"] == str(parse_problem(DECODE))
 
 
 def test_emit_prints_the_backward_module(run: typing.Any) -> None:

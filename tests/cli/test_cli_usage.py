@@ -63,7 +63,7 @@ def test_help_teaches_by_example(run: typing.Any, command: str) -> None:
 def test_help_names_every_preset(run: typing.Any, command: str) -> None:
     words = " ".join(run(command, "--help").stdout.split())
     listed = words.partition("--preset NAME A named list of problems: ")[2].partition(". ")[0]
-    names = listed.replace("; with gradients: ", ", ").split(", ")
+    names = listed.replace("; with gradients: ", ", ").replace("; of decoding: ", ", ").split(", ")
     assert len(set(names)) == len(names)
     assert set(names) == load_presets().keys()
 
@@ -85,7 +85,7 @@ def test_version(run: typing.Any) -> None:
         (("explain",), "--preset quick"),
         (("explain", "--preset", "no-such"), "llama3-8b"),
         (("explain", "--shape", "b=1 h=2 s=128"), "must give"),
-        (("explain", "--shape", SHAPE, "--phase", "forward,decode"), "forward, backward"),
+        (("explain", "--shape", SHAPE, "--phase", "forward,sideways"), "forward, backward, decode"),
         (("explain", "--shape", SHAPE, "--target", "sm_12"), "H100 (NVIDIA H100"),
         (("explain", "--shape", SHAPE, "--target", "sm_90", "--device", "cuda:0"), "either --device"),
         (("explain", "--shape", SHAPE, "--device", "tpu"), "cuda:N"),
@@ -160,7 +160,9 @@ def test_a_model_says_what_it_skips(run: typing.Any) -> None:
 
 def test_a_model_asks_for_its_windows(run: typing.Any) -> None:
     config = ROOT / "tests" / "integrations" / "configs" / "mistral-7b-v0.1.json"
-    result = run("explain", "--model", config, "--seqlen", "1024,8192", "--target", "H200", "--json")
+    result = run(
+        "explain", "--model", config, "--seqlen", "1024,8192", "--phase", "forward", "--target", "H200", "--json"
+    )
     assert "skipped" not in result.stderr
     asked = [selection["problem"] for selection in json.loads(result.stdout)["selections"]]
     assert ["sliding_window(4095,0)" in problem for problem in asked] == [False, True]

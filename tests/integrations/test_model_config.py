@@ -168,7 +168,7 @@ def test_head_dim_per_layer() -> None:
     assert [p.spec.head_dim_qk for p in found.problems] == [256, 512]
     found = problems_from_config({**text, "global_head_dim": 1024}, seqlens=[512])
     assert [p.spec.head_dim_qk for p in found.problems] == [256]
-    assert found.skipped == ("full-attention layers: head_dim_qk must be a multiple of 8 from 16 to 512, got 1024",)
+    assert found.skipped == ("full-attention layers: head_dim_qk must be a multiple of 8 from 16 to 512 (forward phase), got 1024",)
     per_layer = {
         "hidden_size": 1280,
         "num_query_heads": [12, 16],

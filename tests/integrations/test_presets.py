@@ -40,6 +40,23 @@ def test_features_keep_the_tokens_and_the_heads() -> None:
     assert len(problems) == 18
 
 
+def test_decoding_is_of_few_queries_and_of_chunks() -> None:
+    problems = preset("decode")
+    assert {p.spec.phase for p in problems} == {"decode"}
+    assert len(set(problems)) == len(problems) == 33
+    # Of one query a causal mask hides nothing, and calls say so.
+    assert {(p.shape.seqlen_q, str(p.spec.mask)) for p in problems} == {
+        (1, "full"),
+        (4, "causal"),
+        (8, "causal"),
+        (16, "causal"),
+        (256, "causal"),
+    }
+    assert {p.shape.nheads_q for p in problems if p.shape.seqlen_q == 256} == {8, 16, 32, 64}
+    latent = {(p.spec.head_dim_qk, p.spec.head_dim_v, p.shape.nheads_kv) for p in problems if p.spec.shared_kv}
+    assert latent == {(576, 512, 1)}
+
+
 def test_variants_and_prefill_name_what_the_grid_leaves_out() -> None:
     grid = set(preset("grid"))
     variants, prefill = preset("variants"), preset("prefill")
