@@ -63,7 +63,7 @@ def test_configs_cannot_be_changed() -> None:
         CONFIG.block_m = 64  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("template", ["triton/decode", "", None, 3, ["triton/forward"]])
+@pytest.mark.parametrize("template", ["triton/prefill", "", None, 3, ["triton/forward"]])
 def test_unknown_template(template: object) -> None:
     with pytest.raises(ConfigError, match=r"unknown template .*; known: triton/forward"):
         config_from_dict({**GOOD, "template": template})
