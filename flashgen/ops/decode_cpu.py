@@ -14,7 +14,8 @@ from flashgen.measure import append_to_cache, decode_reference
 from flashgen.ops.call import decode_config, heads_first
 from flashgen.ops.cpu import INTERPRETED_AS, is_interpreting, say_eager
 from flashgen.ops.decode_call import DecodeOptions, DecodeTensors
-from flashgen.ops.decode_checks import check_contents, check_in_place, decode_extras, decode_problem
+from flashgen.ops.decode_checks import check_in_place, decode_extras, decode_problem
+from flashgen.ops.decode_contents import check_contents
 from flashgen.ops.decode_runtime import nothing_to_decode, readable_inputs, run_unseen_decode
 from flashgen.ops.runtime import Outputs, choose, negated
 from flashgen.spec import Extras, Problem

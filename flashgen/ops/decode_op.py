@@ -12,7 +12,8 @@ from torch._compile import _disable_dynamo
 
 from flashgen.ops.checks import check_layout, tf32_allowed
 from flashgen.ops.decode_call import DecodeOptions, DecodeTensors
-from flashgen.ops.decode_checks import check_contents, decode_problem, is_shared
+from flashgen.ops.decode_checks import decode_problem, is_shared
+from flashgen.ops.decode_contents import check_contents
 from flashgen.ops.decode_cpu import decode_cpu
 from flashgen.ops.decode_runtime import DecodeRunner, prepare_decode
 from flashgen.ops.runtime import Outputs

@@ -52,11 +52,21 @@ FUNCTIONS = [flashgen.attention, flashgen.explain]
             q_of(2, 4, 10, 20),
             kv_of(2, 2, 12, 20),
             kv_of(),
-            "head_dim_qk must be a multiple of 8 from 16 to 512, got 20",
+            r"head_dim_qk must be a multiple of 8 from 16 to 512 \(forward phase\), got 20",
         ),
-        (q_of(2, 4, 10, 520), kv_of(2, 2, 12, 520), kv_of(), "head_dim_qk .* from 16 to 512, got 520"),
-        (q_of(2, 4, 10, 0), kv_of(2, 2, 12, 0), kv_of(), "head_dim_qk .* from 16 to 512, got 0"),
-        (q_of(), kv_of(), kv_of(2, 2, 12, 8), "head_dim_v must be a multiple of 8 from 16 to 512, got 8"),
+        (
+            q_of(2, 4, 10, 520),
+            kv_of(2, 2, 12, 520),
+            kv_of(),
+            r"head_dim_qk .* 512 \(forward phase\), got 520",
+        ),
+        (q_of(2, 4, 10, 0), kv_of(2, 2, 12, 0), kv_of(), r"head_dim_qk .* from 16 to 512 \(forward phase\), got 0"),
+        (
+            q_of(),
+            kv_of(),
+            kv_of(2, 2, 12, 8),
+            r"head_dim_v must be .* 512 \(forward phase\), got 8",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit(
