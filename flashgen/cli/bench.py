@@ -51,7 +51,8 @@ def bench(
     """Time flashgen beside other implementations.
 
     Each is checked first, then all are timed in the same interleaved rounds on a cold L2 cache. Needs a GPU. Of a
-    training step (--phase forward,backward), the sum of both phases is shown, too.
+    training step (--phase forward,backward), the sum of both phases is shown, too. Decoding is timed as CUDA graphs
+    replay it, over caches that no L2 cache holds, and shown in TB/s.
     """
     problems = resolve_problems(model, preset, shape, phase=phase, seqlens=seqlen)
     chosen = parse_config(config, problems)
@@ -59,18 +60,22 @@ def bench(
     import torch
 
     from flashgen.cli.comparison import OURS, compare, geometric_means
-    from flashgen.measure import CudaClock
+    from flashgen.cli.decode_comparison import compare_decoding
+    from flashgen.measure import Clock, CudaClock, GraphClock
 
     contenders = _peers(peers)
     comparisons = []
     with torch.cuda.device(gpu):
-        clock = CudaClock(gpu)
+        clocks: dict[bool, Clock] = {}
         for problem in problems:
-            result = compare(
+            decoding = problem.spec.phase == "decode"
+            if decoding not in clocks:
+                clocks[decoding] = GraphClock(gpu) if decoding else CudaClock(gpu)
+            result = (compare_decoding if decoding else compare)(
                 problem,
                 contenders,
                 device=gpu,
-                clock=clock,
+                clock=clocks[decoding],
                 target_ms=ms,
                 host=host,
                 config=chosen,
@@ -140,6 +145,7 @@ def _show_implementations(comparisons: typing.Sequence[Comparison]) -> None:
     from flashgen.cli.comparison import OURS
 
     rows = []
+    in_bytes = any(comparison.problem.spec.phase == "decode" for comparison in comparisons)
     for comparison in comparisons:
         ours = comparison.timings.get(OURS)
         problem = str(comparison.problem)
@@ -153,12 +159,13 @@ def _show_implementations(comparisons: typing.Sequence[Comparison]) -> None:
                     f"{short_config(selection.config)} ({selection.rung})" if name == OURS else "",
                     f"{timing.median_us:.1f}",
                     f"{comparison.tflops(name):.1f}",
+                    *((f"{comparison.tbps(name):.2f}",) if in_bytes else ()),
                     ratio(timing.median_us, ours.median_us if ours else None),
                     f"{100 * timing.spread:.1f}%",
                     f"{report.max_error:.2g} of {report.allowed_error:.2g}",
                 )
             )
-    numeric = ("us", "TFLOP/s", "of flashgen's time", "spread")
+    numeric = ("us", "TFLOP/s", *(("TB/s",) if in_bytes else ()), "of flashgen's time", "spread")
     print_table(("problem", "implementation", "kernel", *numeric, "error of allowed"), rows, numeric=numeric)
 
 
@@ -168,9 +175,9 @@ def _show_standings(comparisons: typing.Sequence[Comparison]) -> None:
     rows = [
         (
             str(comparison.problem),
-            f"{comparison.tflops(OURS):.1f}",
+            _rate(comparison, OURS),
             best,
-            f"{comparison.tflops(best):.1f}",
+            _rate(comparison, best),
             f"{comparison.speed_to(best):.2f}x",
         )
         for comparison in comparisons
@@ -178,11 +185,18 @@ def _show_standings(comparisons: typing.Sequence[Comparison]) -> None:
     ]
     if not rows:
         return
-    numeric = ("flashgen TFLOP/s", "its TFLOP/s", "speed to it")
-    columns = ("problem", "flashgen TFLOP/s", "fastest peer", "its TFLOP/s", "speed to it")
+    numeric = ("flashgen", "its rate", "speed to it")
+    columns = ("problem", "flashgen", "fastest peer", "its rate", "speed to it")
     print_table(columns, rows, numeric=numeric)
     means = [(name, f"{mean:.3f}x", str(count)) for name, (mean, count) in geometric_means(comparisons).items()]
     print_table(("peer", "geometric mean of the speed to it", "problems"), means, numeric=("problems",))
+
+
+def _rate(comparison: Comparison, name: str) -> str:
+    """Return the rate of an implementation: of decoding, which bytes bound, in TB/s."""
+    if comparison.problem.spec.phase == "decode":
+        return f"{comparison.tbps(name):.2f} TB/s"
+    return f"{comparison.tflops(name):.1f} TFLOP/s"
 
 
 def _show_steps(comparisons: typing.Sequence[Comparison]) -> None:
@@ -204,7 +218,11 @@ def _document(comparison: Comparison) -> dict[str, object]:
         "problem": str(comparison.problem),
         "selection": selection_document(comparison.selection),
         "timings": {
-            name: {**dataclasses.asdict(timing), "tflops": comparison.tflops(name)}
+            name: {
+                **dataclasses.asdict(timing),
+                "tflops": comparison.tflops(name),
+                "tbps": comparison.tbps(name),
+            }
             for name, timing in comparison.timings.items()
         },
         "accuracy": {

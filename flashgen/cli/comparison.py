@@ -27,6 +27,7 @@ from flashgen.measure import (
     random_extras,
     random_inputs,
     sampled_heads,
+    tbps,
 )
 from flashgen.measure.autograd_calls import Run
 from flashgen.measure.peers import Peer
@@ -60,7 +61,7 @@ class Comparison:
         accuracy: how far each output was off, by name.
         absent: why an implementation was not timed, by name.
         host_us: what a call costs the host by name; of Q, K, V and a mask, flashgen's is `flashgen.attention`, with its
-            parts beside it. Empty if not asked for.
+            parts beside it, of decoding `flashgen.attention_with_kvcache`. Empty if not asked for.
     """
 
     problem: Problem
@@ -74,6 +75,10 @@ class Comparison:
     def tflops(self, name: str) -> float:
         """Return the rate of an implementation that was timed, in useful TFLOP/s."""
         return self.flops / self.timings[name].median_us / 1e6
+
+    def tbps(self, name: str) -> float:
+        """Return the TB/s of an implementation that was timed, each input and output counted once."""
+        return tbps(self.problem, self.timings[name].median_us)
 
     def speed_to(self, name: str) -> float | None:
         """Return a peer's time over flashgen's, above 1 where flashgen is faster; None if one was not timed."""

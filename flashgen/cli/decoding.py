@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -54,10 +55,13 @@ class DecodeCase:
         return (self, *(self._around(call) for call in self.call.copies(count)[1:]))
 
     def bind(self, selection: Selection) -> Run:
-        """Return a call of the kernel that was selected, which gives (out,)."""
+        """Return a call of the kernel that was selected, which gives (out,); on a CPU in Triton's interpreter."""
         call, config = self.call, selection.config
-        compiled = compiled_kernel(call.problem.spec, config, selection.target)
-        launch = bind_decode(call.problem, config, compiled, call.extras, self._tensors())
+        if call.q.is_cuda:
+            compiled = compiled_kernel(call.problem.spec, config, selection.target)
+            launch = bind_decode(call.problem, config, compiled, call.extras, self._tensors())
+        else:
+            launch = functools.partial(self.interpret, config)
 
         def run() -> tuple[Tensor, ...]:
             launch()

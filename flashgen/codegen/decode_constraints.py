@@ -97,22 +97,17 @@ def descriptor_needs_tma(config: TritonDecodeConfig, spec: AttentionSpec, target
 
 
 def descriptor_needs_whole_tiles(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
-    """A bulk copy moves rows that follow each other: those of one page, of K and V that are tensors of their own."""
+    """A bulk copy moves rows that follow each other: those of one page."""
     if config.loads != "descriptor":
         return None
-    if spec.shared_kv:
-        return "loads=descriptor copies K and V, which shared_kv reads once for both: loads=pointer"
     if spec.page_size % config.block_n:
         return f"loads=descriptor takes tiles from one page each, of {spec.page_size} keys, not {config.block_n}"
     return None
 
 
 def descriptor_alignment(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
-    """A bulk copy moves rows of a multiple of 16 bytes in boxes of at most 256 a side."""
-    if config.loads != "descriptor":
-        return None
-    widths = [widths[0] for widths in tile_widths(spec, config.head_tiles)]
-    return alignment_reason(spec, max(config.block_n, *widths))
+    """A bulk copy moves rows of a multiple of 16 bytes, at most 256 of them; wide rows go in several copies."""
+    return alignment_reason(spec, config.block_n) if config.loads == "descriptor" else None
 
 
 def maxnreg_legal(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
@@ -128,13 +123,12 @@ def shared_memory_fits(config: TritonDecodeConfig, spec: AttentionSpec, target: 
 def shared_memory_lower_bound(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> int:
     """Return the fewest bytes of shared memory that Triton's software pipeline can take for this config.
 
-    Tiles in flight are of the cache's type. A product that reads registers has moved its tile there: one stage less;
-    and the look-up of a page takes another one.
+    Tiles in flight are of the cache's type. A product that reads registers has moved its tile there: one stage less.
     """
     width_qk, width_v = map(sum, tile_widths(spec, config.head_tiles))
     row = (width_qk if spec.shared_kv else width_qk + width_v) * spec.kv_dtype.itemsize
-    in_flight = config.num_stages - (0 if _product_is_async(config, spec, target) else 1) - bool(spec.page_size)
-    return max(0, in_flight) * config.block_n * row
+    in_flight = config.num_stages - (0 if _product_is_async(config, spec, target) else 1)
+    return in_flight * config.block_n * row
 
 
 def _product_is_async(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> bool:

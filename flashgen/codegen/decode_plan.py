@@ -17,10 +17,8 @@ from flashgen.spec.masks import SlidingWindow
 
 # Sequences whose lengths a warp looks at together.
 _SEQUENCES = 32
-# Partial sums whose statistics are read together.
-_MERGED = 32
-# Registers of a thread for partial sums that are read together, and for the rest of the tile that they are added to.
-_MERGE_REGISTERS = 64
+# Registers of a thread for partial sums that are read together, and for the columns that they are added to.
+_LOADED_REGISTERS, _MERGED_REGISTERS = 128, 64
 _MOST_TOGETHER = 8
 _WARP = 32
 # Keys of the call in one step: few, as there are few.
@@ -123,7 +121,7 @@ class DecodePlan(KernelPlan):
         pages = ("PAGE_SIZE",) if self.spec.page_size else ()
         blocks = [tile.block for tile in (*self.qk_tiles, *self.v_tiles)]
         new = ("BLOCK_NEW",) if self.spec.append else ()
-        numbers = ("BLOCK_M", "BLOCK_N", *new, "BLOCK_Z", "MERGED", "TOGETHER", "SLICES", "NUM_STAGES", *pages)
+        numbers = ("BLOCK_M", "BLOCK_N", *new, "BLOCK_Z", "TOGETHER", "SLICES", "NUM_STAGES", *pages)
         return ("HEAD_DIM_QK", "HEAD_DIM_V", *blocks, *numbers)
 
     @property
@@ -144,7 +142,7 @@ class DecodePlan(KernelPlan):
     @property
     def value_constants(self) -> tuple[str, ...]:
         """Compile-time arguments of what works on sums alone."""
-        return ("HEAD_DIM_V", *(tile.block for tile in self.v_tiles), "BLOCK_M", "MERGED", "TOGETHER")
+        return ("HEAD_DIM_V", *(tile.block for tile in self.v_tiles), "BLOCK_M", "TOGETHER")
 
     @property
     def part_arguments(self) -> tuple[str, ...]:
@@ -263,11 +261,11 @@ class DecodePlan(KernelPlan):
         if self.one_loop:
             start = "tl.maximum(begin, start)" if self._two_edges else "begin"
             return (("True", start, end, "NUM_STAGES"),)
-        tail = ("True", "tl.maximum(begin, full_end)", end, "1")
+        tail = ("True", "tl.maximum(begin, full_end)", end, "2")
         if not self._two_edges:
             return (("False", "begin", "tl.minimum(stop, full_end)", "NUM_STAGES"), tail)
         return (
-            ("True", "tl.maximum(begin, start)", "tl.minimum(stop, full_start)", "1"),
+            ("True", "tl.maximum(begin, start)", "tl.minimum(stop, full_start)", "2"),
             ("False", "tl.maximum(begin, full_start)", "tl.minimum(stop, full_end)", "NUM_STAGES"),
             tail,
         )
@@ -324,9 +322,8 @@ def decode_constants(spec: AttentionSpec, config: TritonDecodeConfig) -> dict[st
         "BLOCK_N": config.block_n,
         "BLOCK_NEW": min(config.block_n, _NEW_KEYS),
         "BLOCK_Z": _SEQUENCES,
-        "MERGED": _MERGED,
-        "TOGETHER": max(1, min(_MOST_TOGETHER, _MERGE_REGISTERS // registers)),
-        "SLICES": max(1, registers // _MERGE_REGISTERS),
+        "TOGETHER": max(1, min(_MOST_TOGETHER, _LOADED_REGISTERS // min(registers, _MERGED_REGISTERS))),
+        "SLICES": max(1, registers // _MERGED_REGISTERS),
         "NUM_STAGES": config.num_stages,
         "PAGE_SIZE": spec.page_size,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+import weakref
 
 import torch
 
@@ -23,6 +24,8 @@ from flashgen.spec import AttentionSpec, Extras, Problem, Shape
 
 # Of a call, besides what `SideTensors` collects.
 _TENSORS = ("q", "k", "v", "out", "lse", "partial", "arrivals")
+# Of bound calls, by device; gone with the last of them.
+_scratch: weakref.WeakValueDictionary[torch.device, torch.Tensor] = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,6 +217,9 @@ def bind_decode(
 ) -> typing.Callable[[], None]:
     """Return a call without arguments that launches a compiled kernel on fixed tensors: what a benchmark times.
 
+    What is bound on one device shares its scratch memory, as the calls of a model do: made one after the other, never
+    on two streams at once.
+
     Args:
         tensors: q and out as [batch, nheads_q, seqlen_q, head_dim] views, the caches k and v as [entries or pages,
             nheads_kv, rows, head_dim] views, and lse where the spec has it.
@@ -233,8 +239,15 @@ def bind_decode(
         extras=extras,
         device=q.device,
     )
-    partial = q.new_empty(bound.partial_size, dtype=torch.float32)
+    partial = _shared_scratch(q.device, bound.partial_size)
     return lambda: bound(q, k, v, out, tensors.get("lse"), partial, extras)
+
+
+def _shared_scratch(device: torch.device, size: int) -> torch.Tensor:
+    found = _scratch.get(device)
+    if found is None or found.numel() < size:
+        found = _scratch[device] = torch.empty(size, dtype=torch.float32, device=device)
+    return found
 
 
 def decode_arguments(

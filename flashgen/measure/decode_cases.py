@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashgen.errors import InputError
 from flashgen.measure.arithmetic import torch_dtype
 from flashgen.measure.cases import Layout, random_inputs
 from flashgen.measure.decode_reference import cache_places
@@ -54,7 +55,13 @@ class DecodeCall:
 
 
 def random_decode_call(
-    problem: Problem, *, device: torch.device | str, seed: int, ragged: bool = False, layout: Layout = "bhsd"
+    problem: Problem,
+    *,
+    device: torch.device | str,
+    seed: int,
+    ragged: bool = False,
+    lengths: Sequence[int] | None = None,
+    layout: Layout = "bhsd",
 ) -> DecodeCall:
     """Return a call of random numbers; rows of the caches that hold no key yet are NaN.
 
@@ -68,13 +75,20 @@ def random_decode_call(
         ragged: each sequence has a length of its own, from nothing to the problem's; table entries beyond the last page
             of a sequence are no pages; one sequence may be all padding; another number of keys is appended than there
             are queries. Otherwise all have the problem's length.
+        lengths: rows of the cache that each sequence uses instead, before anything is appended.
         layout: order of Q and of the caches in memory; `bshd` has the rows of all heads of a key side by side.
+
+    Raises:
+        InputError: if `lengths` are not as many as there are sequences, or longer than the problem's.
     """
     spec, shape = problem.spec, problem.shape
     generator = torch.Generator().manual_seed(seed + _CACHE_SEED)
     seqlen_new = min(shape.seqlen_q + ragged, shape.seqlen_k) if spec.append else 0
     longest = shape.seqlen_k - seqlen_new
-    lengths = _ragged_lengths(shape.batch, longest, generator) if ragged else [longest] * shape.batch
+    if lengths is None:
+        lengths = _ragged_lengths(shape.batch, longest, generator) if ragged else [longest] * shape.batch
+    elif len(lengths) != shape.batch or not all(0 <= length <= longest for length in lengths):
+        raise InputError(f"lengths must be {shape.batch} from 0 to {longest}, got {list(lengths)}")
     capacity = shape.seqlen_k + _SPARE_ROWS
     batch_idx = torch.randperm(shape.batch + _SPARE_ENTRIES, generator=generator)[: shape.batch]
     ends = [length + seqlen_new for length in lengths]

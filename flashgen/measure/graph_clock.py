@@ -85,12 +85,14 @@ class GraphClock:
 def rotation_size(call_bytes: int, device: torch.device | str) -> int:
     """Return how many copies of a call's inputs are read in turn so that none is found in the L2 cache of a GPU.
 
-    At most 128: calls that read less than a few hundred KB are timed with part of it in the cache.
+    At most 128: calls that read less than about 1 MB are timed with part of it in the cache. One where there is no GPU.
 
     Args:
         call_bytes: what one call reads, in bytes.
         device: the GPU.
     """
+    if torch.device(device).type != "cuda":
+        return 1
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     return min(_MAX_COPIES, max(1, math.ceil(_TIMES_L2 * l2_bytes / max(1, call_bytes))))
 

@@ -121,8 +121,9 @@ def attention_with_kvcache(
     seqlen_new of its entry of the cache; `causal`, `window` and ALiBi align the last query with the last of them. In a
     CUDA graph the lengths, pages and entries are those in the tensors when it is replayed. Never differentiable.
 
-    What is not said here is as in `attention`. The caches are never copied: their last dimension is contiguous, their
-    other strides are multiples of 8 elements and their storage is 16-byte aligned.
+    What is not said here is as in `attention`. Under autocast q, k and v are taken in the type of the cache. The caches
+    are never copied: their last dimension is contiguous, their other strides are multiples of 8 elements and their
+    storage is 16-byte aligned.
 
     Without `check` nobody looks at the numbers in cache_seqlens, page_table, cache_batch_idx and cache_leftpad, for
     they are on the device: numbers outside the caches, or positions outside the rotary tables, make the kernel read,

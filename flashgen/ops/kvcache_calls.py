@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 import torch
 from torch.autograd import forward_ad
 
@@ -19,7 +21,8 @@ from flashgen.ops.runtime import Outputs, choose
 from flashgen.ops.torch_op import plain
 
 # Of calls in which nobody but flashgen has a part: no autograd, no autocast, nobody's mode or transform, no profiler.
-_recent: RecentRunners[DecodeRunner] = RecentRunners()
+# With whether V lies in K's memory, which nothing else tells.
+_recent: RecentRunners[tuple[bool, DecodeRunner]] = RecentRunners()
 _traced = torch.compiler.is_dynamo_compiling
 _function_modes = torch._C._len_torch_function_stack
 _profiled = torch._C._autograd._profiler_enabled
@@ -35,8 +38,7 @@ def call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, request:
         refuse_gradients(q, k_cache, v_cache, request)
     kind = "cuda" if q.is_cuda else "cpu"
     if torch.is_autocast_enabled(kind):
-        (q,) = autocast(kind, q)
-        k, v = (autocast(kind, t)[0] if isinstance(t, torch.Tensor) else t for t in (request.k, request.v))
+        q, k, v = (_as_cached(t, k_cache, kind) for t in (q, request.k, request.v))
         request = request._replace(k=k, v=v)
     tensors, options = decode_arguments(q, k_cache, v_cache, request)
     if q.is_cuda:
@@ -54,19 +56,27 @@ def explain_call(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, 
     return choose(problem, detect_target(q.device), options, operands)
 
 
+def _as_cached(tensor: typing.Any, k_cache: torch.Tensor, kind: str) -> typing.Any:
+    """Return what autocast makes of a tensor: of the type of the cache, which nobody casts in every call."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    if k_cache.dtype.itemsize == 1:
+        return autocast(kind, tensor)[0]
+    return tensor.to(k_cache.dtype) if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
+
+
 def _short_way(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, request: DecodeRequest) -> Outputs | None:
     """Return the outputs of a call whose runner is known, None of all others; see `RecentRunners`."""
-    if not isinstance(q, torch.Tensor) or not q.is_cuda:
-        return None
     given = request.given
-    asked = _asked(k_cache, v_cache, request)
-    runner = _recent.find((q, k_cache, v_cache, *[t for t in given if t is not None]), asked)
-    if runner is None:
+    found = _recent.find((q, k_cache, v_cache, *[t for t in given if t is not None]), _asked(request))
+    if found is None:
         return None
-    aligned = q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()
+    shared, runner = found
+    of_q, of_k, of_v = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
+    addresses = of_q | of_k | of_v
     if request.k is not None and request.v is not None:
-        aligned |= request.k.data_ptr() | request.v.data_ptr()
-    if aligned & 15:
+        addresses |= request.k.data_ptr() | request.v.data_ptr()
+    if addresses & 15 or (of_k == of_v) != shared:
         return None
     outputs = runner(q, k_cache, v_cache, DecodeTensors(*given))
     if request.k is not None:
@@ -74,9 +84,9 @@ def _short_way(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, re
     return outputs
 
 
-def _asked(k_cache: torch.Tensor, v_cache: torch.Tensor, request: DecodeRequest) -> tuple[object, ...]:
+def _asked(request: DecodeRequest) -> tuple[object, ...]:
     """Return all that tells a call from others, but for what its tensors are like."""
-    return tuple(map(type, request.given)), k_cache.data_ptr() == v_cache.data_ptr(), request.asked
+    return tuple(map(type, request.given)), request.asked
 
 
 def _keep(
@@ -98,11 +108,11 @@ def _keep(
         # Nothing was made of what was given.
         and all(a is b for a, b in zip(request.given, tensors, strict=False))
     )
-    if not short or not _recent.has_room(asked := _asked(k_cache, v_cache, request)):
+    if not short or not _recent.has_room(asked := _asked(request)):
         return
     everything = (q, k_cache, v_cache, *[t for t in request.given if t is not None])
     if any(t.requires_grad for t in everything):
         return
     runner = known_runner(q, k_cache, v_cache, tensors, options)
     if runner is not None:
-        _recent.keep(everything, asked, runner)
+        _recent.keep(everything, asked, (k_cache.data_ptr() == v_cache.data_ptr(), runner))

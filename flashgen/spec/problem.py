@@ -302,7 +302,7 @@ class Problem:
         rows_q, rows_k = (sum(lengths) for lengths in zip(*self.lengths(), strict=True)) if s.batch else (0, 0)
         if spec.phase == "decode":
             rows = s.nheads_q * rows_q
-            cache = s.nheads_kv * rows_k * (spec.head_dim_qk if spec.shared_kv else dims)
+            cache = s.batch * s.nheads_kv * self._keys_seen() * (spec.head_dim_qk if spec.shared_kv else dims)
             return dims * rows * spec.dtype.itemsize + 4 * rows * spec.lse + cache * spec.kv_dtype.itemsize
         inputs = s.nheads_q * rows_q * spec.head_dim_qk + s.nheads_kv * rows_k * dims
         if spec.phase == "backward":
@@ -311,6 +311,13 @@ class Problem:
             return (2 * inputs + rows) * spec.dtype.itemsize + 4 * s.nheads_q * rows_q
         outputs = s.nheads_q * rows_q * spec.head_dim_v * spec.dtype.out.itemsize + 4 * s.nheads_q * rows_q * spec.lse
         return inputs * spec.dtype.itemsize + outputs
+
+    def _keys_seen(self) -> int:
+        """Return how many keys of a sequence lie between the first and the last that any of its queries sees."""
+        seqlen_q, seqlen_k = self.shape.seqlen_q, self.shape.seqlen_k
+        rows = (self.spec.mask.row_interval(row, seqlen_q, seqlen_k) for row in {0, max(0, seqlen_q - 1)})
+        ends = [interval or (0, seqlen_k) for interval in rows]
+        return max(0, min(max(hi for _, hi in ends), seqlen_k) - max(min(lo for lo, _ in ends), 0))
 
     def __str__(self) -> str:
         return f"{self.shape} {self.spec}"

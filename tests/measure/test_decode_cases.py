@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from flashgen.errors import InputError
 from flashgen.measure import (
     CacheOracle,
     DecodeCall,
@@ -68,6 +69,17 @@ def test_layouts_and_seeds_give_the_same_and_other_numbers(words: str) -> None:
     rows_first = random_decode_call(problem, device="cpu", seed=0, layout="bshd")
     assert rows_first.k.shape == one.k.shape
     assert rows_first.k.transpose(1, 2).is_contiguous()
+
+
+def test_lengths_are_those_asked_for() -> None:
+    problem = parse_problem(f"{SIZES} causal bf16")
+    asked = [50, 3, 0, 1, 50, 7]
+    call = random_decode_call(problem, device="cpu", seed=0, lengths=asked)
+    assert call.extras.cache_seqlens is not None
+    assert call.extras.cache_seqlens.tolist() == asked
+    for wrong in ([51, *asked[1:]], asked[1:]):
+        with pytest.raises(InputError, match="must be 6 from 0 to 50"):
+            random_decode_call(problem, device="cpu", seed=0, lengths=wrong)
 
 
 def test_copies_have_caches_of_their_own() -> None:

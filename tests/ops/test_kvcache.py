@@ -8,6 +8,7 @@ import typing
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import flashgen
 from flashgen.codegen import TritonDecodeConfig
@@ -219,11 +220,21 @@ def test_a_score_mod_and_a_plain_function() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_autocast() -> None:
-    q, k, v = tensors(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_takes_the_type_of_the_cache(dtype: torch.dtype) -> None:
+    q, k, v = tensors(dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = flashgen.attention_with_kvcache(q.float(), k, v, cache_seqlens=9)
+        eighths = flashgen.attention_with_kvcache(q, *(t.to(torch.float8_e4m3fn) for t in (k, v)), cache_seqlens=9)
     assert torch.equal(got, flashgen.attention_with_kvcache(q, k, v, cache_seqlens=9))
+    assert eighths.dtype == torch.bfloat16
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        out, lse = flashgen.attention_with_kvcache(*tensors(), cache_seqlens=lengths(3, 5), return_lse=True)
+    assert isinstance(out, FakeTensor)
+    assert (out.shape, lse.shape) == ((2, 2, 6, 32), (2, 6, 2))
 
 
 def test_whoever_saved_the_cache_for_a_backward_pass_is_told() -> None:

@@ -258,3 +258,19 @@ def test_a_key_holds_no_tensor_and_keeps_the_numbers() -> None:
 
 def test_group() -> None:
     assert SHAPE.group == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        ("sq=1 causal", 1000),
+        ("sq=4", 1000),
+        ("sq=1 sliding_window(127,0)", 128),
+        ("sq=4 sliding_window(127,0)", 131),
+        ("sq=1 chunked(300)", 100),
+    ],
+)
+def test_decoding_reads_the_keys_that_any_query_sees(words: str, keys: int) -> None:
+    problem = parse_problem(f"b=3 hq=8 hkv=2 sk=1000 d=64 {words} decode bf16")
+    rows = 3 * 8 * problem.shape.seqlen_q * 128 * 2
+    assert problem.min_bytes() == rows + 3 * 2 * keys * 128 * 2
