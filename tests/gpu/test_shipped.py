@@ -12,7 +12,7 @@ from flashgen.codegen import render
 from flashgen.codegen.constraints import check_config
 from flashgen.compile import compile_kernel
 from flashgen.dispatch import is_stale, select
-from flashgen.launch import bind_backward, bind_forward, detect_target, software_versions
+from flashgen.launch import bind_backward, bind_decode, bind_forward, detect_target, software_versions
 from flashgen.measure import random_inputs
 from flashgen.registry import Location, RegistryEntry, load
 from flashgen.resources import shipped_registry_dir
@@ -78,7 +78,7 @@ def test_a_call_finds_its_entry() -> None:
 
 def written_most(spec: AttentionSpec) -> AttentionSpec:
     """Return the spec of the variant that writes more: lse, or the gradient of a bias of numbers."""
-    if spec.phase == "forward":
+    if spec.phase != "backward":
         return dataclasses.replace(spec, lse=True)
     return dataclasses.replace(spec, dbias=spec.bias not in ("none", "bool"))
 
@@ -89,7 +89,7 @@ def test_shipped_configs_are_right() -> None:
         problem = Problem(spec=spec, shape=problem_of(entry).shape)
         case = make_case(problem, device=torch.device("cuda"), seed=0, whole=False)
         compiled = compile_kernel(render(spec, config), spec.structure(), config, target_here())
-        bind = bind_backward if spec.phase == "backward" else bind_forward
+        bind = {"forward": bind_forward, "backward": bind_backward, "decode": bind_decode}[spec.phase]
         bind(problem, config, compiled, case.extras, case.tensors)()
         report = case.judge()
         assert report.ok, f"{report.reason}\n{config} for {problem}"

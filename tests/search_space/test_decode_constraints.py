@@ -105,7 +105,7 @@ def test_lets_through_what_runs(candidate: TritonDecodeConfig, meaning: Attentio
         (config(num_warps=3), "d=128", "sm_90", "num_warps=3"),
         (config(num_stages=0), "d=128", "sm_90", "num_stages=0"),
         (config(head_tiles=3), "d=96", "sm_90", "head_tiles=3"),
-        (config(loads="descriptor", head_tiles=2), LATENT, "sm_90", "shared_kv reads once for both: loads=pointer"),
+        (config(loads="descriptor", head_tiles=2), f"{LATENT} page=16", "sm_90", "one page each, of 16 keys"),
         (config(loads="descriptor"), "d=24 fp16 page=96", "sm_90", "one page each, of 96 keys, not 64"),
         (config(maxnreg=128), "d=128", "gfx942", "no meaning on gfx942"),
     ],

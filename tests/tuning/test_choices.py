@@ -171,3 +171,22 @@ def test_programs_that_take_tile_after_tile_are_checked_beyond_the_first():
             assert sum(count > 132 * config.programs for count in tiles) == 1
             assert max(tiles) < 132 * config.programs * 2
     assert len(awkward_for(CAUSAL, TRITON)) == len(shapes) - 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        ("b=1 hq=32 hkv=8 sq=1 sk=4096", 32),
+        ("b=1 hq=32 hkv=8 sq=8 sk=4096", 64),
+        ("b=1 hq=128 hkv=1 sq=1 sk=4096", 128),
+        ("b=1 h=8 sq=256 sk=131072", 128),
+    ],
+)
+def test_tiles_of_decoding_are_not_mostly_empty(sizes, most):
+    problem = parse_problem(f"{sizes} d=128 bf16 decode")
+    found = find_choices(problem, H200, EFFORTS["quick"])
+    assert max(config.block_m for config in found.configs) == most
+    assert {config.template for config in found.configs} == {"triton/decode"}
+    assert found.default == found.seeds[0] == default_configs(problem, H200)[0]
+    assert set(found.seeds) <= set(found.configs)
+    assert len(set(found.configs)) == len(found.configs)

@@ -319,7 +319,9 @@ def test_calls_of_decoding_take_turns(plant, monkeypatch):
 def test_decoding_is_raced_beside_what_decodes(plant, monkeypatch):
     monkeypatch.setattr(gpu_jobs, "_clock_of", lambda problem: HostClock())
     monkeypatch.setattr(gpu_jobs, "_FINAL_ROUNDS", 2)
-    planted = Peer(name="planted", make=lambda *args: "no", make_decode=lambda calls: tuple(lambda: c.q for c in calls))
+    planted = Peer(
+        name="planted", make=lambda *args: "no", make_decode=lambda calls: tuple(lambda: None for _ in calls)
+    )
     refusing = Peer(name="refusing", make=lambda *args: lambda: None, make_decode=lambda calls: "no")
     monkeypatch.setattr(gpu_jobs, "default_baselines", lambda device: (planted, refusing))
     found = gpu_jobs.race(decode("causal"), [DECODE], 1.0, 0, True)
