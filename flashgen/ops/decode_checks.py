@@ -16,6 +16,8 @@ from flashgen.spec.problem import Rotary
 
 _FP8 = torch.float8_e4m3fn
 _HALF = (torch.float16, torch.bfloat16)
+# Of columns that are rotated, as FlashAttention has it: kernels read rows in vectors.
+_ROTARY_STEP = 16
 # What one query sees, whatever the lengths.
 _EVERYTHING_BEHIND = Causal()
 
@@ -268,9 +270,10 @@ def _check_rotary(q: torch.Tensor, tensors: DecodeTensors, options: DecodeOption
     if cos.dtype != sin.dtype:
         raise InputError(f"rotary_cos and rotary_sin must have one dtype, got {cos.dtype} and {sin.dtype}")
     rotary_dim = 2 * cos.shape[1]
-    if not 0 < rotary_dim <= q.shape[-1]:
+    if not 0 < rotary_dim <= q.shape[-1] or rotary_dim % _ROTARY_STEP:
         raise InputError(
-            f"rotary_dim, twice the columns of rotary_cos, must be from 2 to head_dim {q.shape[-1]}, got {rotary_dim}"
+            f"rotary_dim, twice the columns of rotary_cos, must be a multiple of {_ROTARY_STEP} up to head_dim "
+            f"{q.shape[-1]}, got {rotary_dim}"
         )
     seqlen_new = heads_first(tensors.k_new, options.layout).shape[2]
     if cos.shape[0] < seqlen_new:

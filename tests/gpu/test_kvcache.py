@@ -87,7 +87,7 @@ def test_graph_replays_with_lengths_that_change() -> None:
     q, k, v = given()
     used, added = lengths(1, 100, 400), new(1)
     mine = k.clone(), v.clone()
-    flashgen.attention_with_kvcache(q, *mine, **added, cache_seqlens=used, causal=True)
+    flashgen.attention_with_kvcache(q, *mine, **added, cache_seqlens=used, causal=True, return_lse=True)
     torch.cuda.synchronize()
     for cache, fresh in zip(mine, (k, v), strict=True):
         cache.copy_(fresh)

@@ -148,7 +148,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: made.stream, raising=False)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr("flashgen.launch.tile_counter._zeros", lambda device: torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr("flashgen.launch.tile_counter._zeros", lambda device, count=2: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr("flashgen.launch.tile_counter.outside_pools", lambda make, device: make())
     monkeypatch.setattr("flashgen.launch.tile_counter._counters", {})
     return made

@@ -76,7 +76,7 @@ WRONG: list[tuple[dict[str, typing.Any], str]] = [
     ({**NEW, "rotary_cos": TURN["rotary_cos"]}, "rotary_cos and rotary_sin are given together"),
     ({**NEW, "rotary_cos": zeros(24, 8), "rotary_sin": zeros(24, 9)}, "rotary_sin must be torch.float16"),
     ({**NEW, "rotary_cos": zeros(24, 8), "rotary_sin": zeros(24, 8).float()}, "must have one dtype"),
-    ({**NEW, "rotary_cos": zeros(24, 17), "rotary_sin": zeros(24, 17)}, "must be from 2 to head_dim 32, got 34"),
+    ({**NEW, "rotary_cos": zeros(24, 17), "rotary_sin": zeros(24, 17)}, "a multiple of 16 up to head_dim 32, got 34"),
     ({**NEW, "rotary_cos": zeros(0, 8), "rotary_sin": zeros(0, 8)}, "must have a row for each position"),
     ({"k_descale": 2.0}, "k_descale and v_descale belong to caches of torch.float8_e4m3fn"),
     ({"alibi_slopes": zeros(5)}, "alibi_slopes must be torch.float32 [nheads_q] or [batch, nheads_q]"),
