@@ -285,6 +285,8 @@ def make_decode_plan(spec: AttentionSpec, config: TritonDecodeConfig) -> DecodeP
     widths_qk, widths_v = tile_widths(spec, config.head_tiles)
     score = spec.score_mod
     types = side_pointer_types(spec) | capture_types(spec)
+    if spec.rotary_fp32:
+        types |= dict.fromkeys(("rotary_cos_ptr", "rotary_sin_ptr"), "fp32")
     if spec.fp8_kv:
         types |= dict.fromkeys(("k_ptr", "v_ptr"), element_type(spec.kv_dtype))
     words = [f"{mask.title} mask", *["with lse"] * spec.lse]

@@ -115,7 +115,7 @@ def interpret_decode(
             for name in ("k_new", "v_new", "rotary_cos", "rotary_sin")
             if (value := getattr(extras, name)) is not None
         }
-        spec = dataclasses.replace(spec, dtype=DType.FP32, fp8_kv=False)
+        spec = dataclasses.replace(spec, dtype=DType.FP32, fp8_kv=False, rotary_fp32=False)
         given, extras = {**given, **wide}, dataclasses.replace(extras, **cast)
     problem = dataclasses.replace(problem, spec=spec)
     rendered = render(spec, config)

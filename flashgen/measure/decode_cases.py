@@ -183,7 +183,7 @@ def _rotary_tables(spec: AttentionSpec, positions: int, device: torch.device | s
     columns = spec.head_dim_qk if seed % 2 == 0 else max(8, spec.head_dim_qk // 32 * 16)
     frequencies = _ROTARY_BASE ** (-torch.arange(0, columns, 2, device=device) / columns)
     angles = torch.arange(positions, device=device)[:, None] * frequencies
-    dtype = torch_dtype(spec.dtype) if seed % 2 == 0 else torch.float32
+    dtype = torch.float32 if spec.rotary_fp32 else torch_dtype(spec.dtype)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -61,6 +61,7 @@ def decode_problem(
         page_size=0 if tensors.page_table is None else heads_first(k_cache, options.layout).shape[2],
         append=tensors.k_new is not None,
         rotary=_rotary_of(tensors, options),
+        rotary_fp32=tensors.rotary_cos is not None and tensors.rotary_cos.dtype != q.dtype,
         leftpad=tensors.cache_leftpad is not None,
         batch_idx=tensors.cache_batch_idx is not None,
         fp8_kv=fp8,

@@ -27,12 +27,12 @@ ROTARIES: tuple[Rotary, ...] = typing.get_args(Rotary)
 
 FLAGS = (
     *("softcap", "alibi", "sinks", "dropout", "varlen", "descale", "deterministic", "dbias"),
-    *("append", "leftpad", "batch_idx", "fp8_kv", "shared_kv"),
+    *("append", "rotary_fp32", "leftpad", "batch_idx", "fp8_kv", "shared_kv"),
 )
 """The features that a spec has or has not, by name."""
 MAX_PAGE_SIZE = 2**20
 
-_OF_DECODE = ("page_size", "append", "rotary", "leftpad", "batch_idx", "fp8_kv", "shared_kv")
+_OF_DECODE = ("page_size", "append", "rotary", "rotary_fp32", "leftpad", "batch_idx", "fp8_kv", "shared_kv")
 _NOT_OF_DECODE = ("bias", "dropout", "varlen", "seqused")
 
 
@@ -69,6 +69,7 @@ class AttentionSpec:
         append: keys and values of the newest positions come with the call, and are written into the cache.
         rotary: Q and the appended keys are rotated by their positions, column i together with i + rotary_dim / 2
             (`halves`) or 2 i with 2 i + 1 (`pairs`).
+        rotary_fp32: the tables of their cosines and sines are float32, whatever dtype Q is of.
         leftpad: sequences start at a row of the cache of their own.
         batch_idx: sequences say which entry of the cache is theirs.
         fp8_kv: the cache holds e4m3, whatever dtype Q and out are of.
@@ -95,6 +96,7 @@ class AttentionSpec:
     page_size: int = 0
     append: bool = False
     rotary: Rotary = ""
+    rotary_fp32: bool = False
     leftpad: bool = False
     batch_idx: bool = False
     fp8_kv: bool = False
@@ -155,6 +157,8 @@ class AttentionSpec:
             raise InputError(f"rotary must be one of {', '.join(map(repr, ROTARIES))}, got {self.rotary!r}")
         if self.rotary and not self.append:
             raise InputError("rotary turns Q and the keys that are appended: it needs append")
+        if self.rotary_fp32 and not self.rotary:
+            raise InputError("rotary_fp32 says of what type the tables of rotary are: it needs rotary")
         if self.dtype is DType.FP8:
             raise InputError("decode takes Q in fp16, bf16 or fp32; of the cache alone say fp8_kv")
         if self.fp8_kv and (self.append or self.head_dim_qk % 16 or self.head_dim_v % 16):
@@ -200,6 +204,7 @@ class AttentionSpec:
             page_size=0,
             append=False,
             rotary="",
+            rotary_fp32=False,
             leftpad=False,
             batch_idx=False,
         )

@@ -22,6 +22,7 @@ SIZES = "b=5 hq=8 hkv=2 sk=700 decode"
 FEATURES = [
     "sq=1 d=128 full bf16 lse",
     "sq=4 d=64 causal fp16 lse append page=16 rotary=halves",
+    "sq=4 d=128 causal fp16 lse append page=16 rotary=halves rotary_fp32",
     "sq=3 d=128 sliding_window(100,0) bf16 append rotary=pairs leftpad batch_idx lse",
     "sq=2 d=80 causal fp16 alibi sinks softcap leftpad",
     "sq=1 d=128 full bf16 fp8_kv descale page=256 lse",

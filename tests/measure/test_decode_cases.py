@@ -25,6 +25,7 @@ WORDS = [
     "causal bf16",
     "causal page=8 append bf16",
     "append rotary=pairs leftpad batch_idx fp16",
+    "append rotary=pairs rotary_fp32 fp16",
     "causal leftpad sinks fp32",
     "fp8_kv descale page=16 bf16",
     "append rotary=halves page=1 causal fp32",

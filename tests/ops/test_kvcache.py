@@ -22,6 +22,7 @@ FEATURES = [
     "full fp32 lse",
     "causal fp16 lse append",
     "causal bf16 lse page=8 append rotary=halves",
+    "causal fp16 lse append rotary=pairs rotary_fp32",
     "sliding_window(5,0) fp32 lse append rotary=pairs leftpad batch_idx",
     "causal fp32 alibi sinks softcap leftpad",
     "causal bf16 lse fp8_kv descale page=16",

@@ -66,12 +66,15 @@ def test_every_problem_reads_back_as_it_was() -> None:
         assert parse_problem(str(problem)) == problem
 
 
+DECODE_FIELDS = ("page_size", "append", "rotary", "rotary_fp32", "leftpad", "batch_idx", "fp8_kv", "shared_kv")
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(AttentionSpec), ids=lambda field: field.name)
 def test_no_field_of_a_spec_is_lost(field: dataclasses.Field[object]) -> None:
     plain = AttentionSpec(dtype=DType.FP8, head_dim_qk=64, head_dim_v=64, bias="input")
     other: dict[str, object] = {
         **{"dtype": DType.BF16, "head_dim_qk": 96, "head_dim_v": 96, "mask": MASKS[-1], "score_mod": SCORE_MODS[-1]},
-        **{"bias": "bool", "bias_aligned": False, "seqused": "q"},
+        **{"bias": "bool", "bias_aligned": False, "seqused": "q", "page_size": 16, "rotary": "pairs"},
     }
     if field.name == "phase":
         assert parse_problem("h=1 s=1 d=16 forward").spec.phase == "forward"
@@ -79,6 +82,10 @@ def test_no_field_of_a_spec_is_lost(field: dataclasses.Field[object]) -> None:
         return
     if field.name in ("deterministic", "dbias"):
         plain = dataclasses.replace(plain, dtype=DType.BF16, phase="backward")
+    if field.name in DECODE_FIELDS:
+        plain = AttentionSpec(dtype=DType.BF16, head_dim_qk=64, head_dim_v=64, phase="decode")
+        if field.name.startswith("rotary"):
+            plain = dataclasses.replace(plain, append=True, rotary="halves")
     spec = dataclasses.replace(plain, **{field.name: other.get(field.name, True)})
     assert spec != plain
     assert parse_problem(str(Problem(spec=spec, shape=SHAPES[0]))).spec == spec
@@ -155,8 +162,8 @@ def test_short_forms(short: str, long: str) -> None:
         ("h=8 s=-1 d=64", "s= takes a whole number"),
         ("h=8 s= d=64", "s= takes a whole number"),
         ("h=8 s=128 d=64 causal(align=left)", "align must be 'bottom_right' or 'top_left', got 'left'"),
-        ("h=8 s=128 d=68", "head_dim_qk must be a multiple of 8 from 16 to 512, got 68"),
-        ("h=8 s=128 d=64 dv=520", "head_dim_v must be a multiple of 8 from 16 to 512, got 520"),
+        ("h=8 s=128 d=68", r"head_dim_qk must be a multiple of 8 from 16 to 512 \(forward phase\), got 68"),
+        ("h=8 s=128 d=64 dv=520", r"head_dim_v must be a multiple of 8 from 16 to 512 \(forward phase\), got 520"),
         ("hq=6 hkv=4 s=128 d=64", "nheads_q must be a positive multiple of nheads_kv, got 6 and 4"),
         ("h=0 s=128 d=64", "nheads_q must be a positive multiple"),
     ],
