@@ -16,6 +16,7 @@ from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonBackwardCo
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import InputError
 from flashgen.heuristics import default_configs
+from flashgen.heuristics.decode import follows_lengths
 from flashgen.registry import RegistryEntry
 from flashgen.spec import Problem, Shape
 from flashgen.target import GpuTarget
@@ -25,6 +26,7 @@ _SAME_SHARE = 1.0
 
 _AS_DEFAULT = "the default for this problem, as the default for its own won there"
 _OTHER_KIND = "the default for this problem, which is another kernel than the default that was beaten there"
+_EVENLY = "schedule even for aligned, which gives every sequence of a batch as many programs, however long it is"
 _DISPUTED = "the default for this problem, whose kernel won at [{range}], on the other side"
 
 
@@ -54,6 +56,8 @@ def carried(
             won there, and another here, nobody knows which of them wins in between: then it is the default.
     """
     own = Carried(config=entry.config)
+    if isinstance(entry.config, TritonDecodeConfig) and follows_lengths(entry.config, problem.shape) != entry.config:
+        return Carried(config=follows_lengths(entry.config, problem.shape), change=_EVENLY)
     if entry.spec == problem.spec.tuning_key() and entry.range.covers(problem.shape):
         return own
     measured, default = _measured(entry), _first_default(problem, target)

@@ -140,13 +140,15 @@ class _Ladder:
 
         An entry whose config cannot compute the problem says nothing, but for caches that its descriptors cannot read.
         """
+        config = candidate.config
         if candidate.entry is not None and not self._illegal(candidate.config):
             opposite = _opposite(candidate, candidates, self.problem)
             found = carried(candidate.entry, self.problem, self.target, opposite)
-            if found.config != candidate.config:
+            config = found.config
+            if config != candidate.config:
                 yield dataclasses.replace(candidate, config=found.config, change=found.change)
         yield candidate
-        pointers = by_pointers(candidate.config) if candidate.entry is not None else None
+        pointers = by_pointers(config) if candidate.entry is not None else None
         if pointers is not None:
             yield dataclasses.replace(candidate, config=pointers, change=_BY_POINTERS)
 

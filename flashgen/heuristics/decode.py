@@ -43,7 +43,7 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
             num_warps=num_warps,
             num_stages=_stages(spec, target, block_n, programs),
             programs=programs,
-            schedule="aligned" if rows == _MOST_ROWS else "even",
+            schedule="aligned" if rows == _MOST_ROWS and shape.batch == 1 else "even",
             min_blocks=4 if rows == _MOST_ROWS else 2,
         )
         first.append(dataclasses.replace(config, head_tiles=2) if _is_cut(spec) else config)
@@ -61,6 +61,15 @@ def safe_configs() -> tuple[KernelConfig, ...]:
 def rows_of_tile(shape: Shape) -> int:
     """Return the rows of the narrowest tile that holds the queries of a group, or of the widest that is any good."""
     return min(_MOST_ROWS, next_power_of_two(max(1, shape.seqlen_q * shape.group)))
+
+
+def follows_lengths(config: TritonDecodeConfig, shape: Shape) -> TritonDecodeConfig:
+    """Return a config of decoding that divides the keys of a batch evenly, for the host knows no lengths.
+
+    What was measured on sequences of one length says nothing of a batch with a long one, which `aligned` leaves to as
+    many programs as it gives each of the short ones.
+    """
+    return dataclasses.replace(config, schedule="even") if shape.batch > 1 else config
 
 
 def _stages(spec: AttentionSpec, target: GpuTarget, block_n: int, programs: int) -> int:

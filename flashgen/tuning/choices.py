@@ -17,7 +17,7 @@ from flashgen.codegen import (
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
-from flashgen.heuristics.decode import rows_of_tile
+from flashgen.heuristics.decode import follows_lengths, rows_of_tile
 from flashgen.search_space import LegalSpace, load_space
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
@@ -115,14 +115,18 @@ def _legal_space(template: str, spec: AttentionSpec, target: GpuTarget) -> Legal
 def _fitting(configs: typing.Iterable[KernelConfig], problem: Problem) -> typing.Iterator[KernelConfig]:
     """Return those of configs that are legal for the spec which can compute the problem's shape, too, and not in vain.
 
-    Rows of a tile that no query fills cost as much as those of queries.
+    Rows of a tile that no query fills cost as much as those of queries. Lengths of a batch differ, though those it is
+    tuned on may not: its keys are divided evenly.
     """
     most = _MOST_SPARE_ROWS * rows_of_tile(problem.shape)
     return (
         config
         for config in configs
         if not shape_refusal(config, problem.shape)
-        and not (isinstance(config, TritonDecodeConfig) and config.block_m > most)
+        and not (
+            isinstance(config, TritonDecodeConfig)
+            and (config.block_m > most or config != follows_lengths(config, problem.shape))
+        )
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -148,7 +149,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: made.stream, raising=False)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr("flashgen.launch.tile_counter._zeros", lambda device, count=2: torch.zeros(count, dtype=torch.int32))
+    zeros = functools.partial(torch.zeros, dtype=torch.int32)
+    monkeypatch.setattr("flashgen.launch.tile_counter._zeros", lambda device, count: zeros(count))
     monkeypatch.setattr("flashgen.launch.tile_counter.outside_pools", lambda make, device: make())
     monkeypatch.setattr("flashgen.launch.tile_counter._counters", {})
     return made
@@ -223,8 +225,8 @@ def test_only_so_many_maps_are_kept(gpu: Driver, monkeypatch: pytest.MonkeyPatch
 def test_captured_launches_are_not_kept(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.Tensor] = []
 
-    def zeros(device: int) -> torch.Tensor:
-        made.append(torch.zeros(2, dtype=torch.int32))
+    def zeros(device: int, count: int) -> torch.Tensor:
+        made.append(torch.zeros(count, dtype=torch.int32))
         return made[-1]
 
     monkeypatch.setattr("flashgen.launch.tile_counter._zeros", zeros)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import typing
 from collections.abc import Callable
@@ -35,7 +36,8 @@ Bound = Callable[[Problem, KernelConfig], tuple[int, dict[str, typing.Any]]]
 @pytest.fixture(autouse=True)
 def _h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashgen.launch.forward.detect_target", lambda device: named_target("H200"))
-    monkeypatch.setattr("flashgen.launch.tile_counter._zeros", lambda device, count=2: torch.zeros(count, dtype=torch.int32))
+    zeros = functools.partial(torch.zeros, dtype=torch.int32)
+    monkeypatch.setattr("flashgen.launch.tile_counter._zeros", lambda device, count: zeros(count))
     monkeypatch.setattr("flashgen.launch.tile_counter.outside_pools", lambda make, device: make())
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
 
