@@ -219,6 +219,11 @@ def _refuse_reading(name: str, module: str) -> None:
 
 
 def held(name: str, value: object, tensors: typing.Sequence[typing.Any], count: int) -> tuple[torch.Tensor, ...]:
+    """Return the tensors that a mask or a score mod holds.
+
+    Raises:
+        InputError: if it was made from text, which holds none.
+    """
     if len(tensors) != count:
         raise InputError(
             f"{name} {value} needs {count} tensors and holds {len(tensors)}: make it from tensors, not text"
@@ -227,23 +232,35 @@ def held(name: str, value: object, tensors: typing.Sequence[typing.Any], count: 
 
 
 def score_tensors(score_mod: ModFunction | None) -> tuple[torch.Tensor, ...]:
+    """Return the tensors that a score mod holds; as `held`."""
     if score_mod is None:
         return ()
     return held("score_mod", score_mod, score_mod.tensors, len(score_mod.captures))
 
 
 def check_number(name: str, value: object) -> None:
+    """Refuse what is no number.
+
+    Raises:
+        InputError: for anything but an int or a float.
+    """
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, (int, float, torch.SymFloat)):
         raise InputError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def check_tensor(name: str, value: object) -> torch.Tensor | None:
+    """Return a tensor or None.
+
+    Raises:
+        InputError: for anything else.
+    """
     if value is None or isinstance(value, torch.Tensor):
         return value
     raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def as_float(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a tensor of floats as dense float32; other tensors as they are, for a later check; as `check_tensor`."""
     tensor = check_tensor(name, value)
     if tensor is None or not tensor.is_floating_point():
         return tensor
@@ -251,6 +268,7 @@ def as_float(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def dense(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a tensor, contiguous; as `check_tensor`."""
     tensor = check_tensor(name, value)
     return None if tensor is None else tensor.contiguous()
 
@@ -282,6 +300,11 @@ def _descales(q: torch.Tensor, k: torch.Tensor, request: Request) -> _Descales:
 def descale(
     name: str, factor: torch.Tensor | float | None, sizes: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
+    """Return a factor as float32 [batch, nheads_kv] = `sizes`; one that is not given is 1.
+
+    Raises:
+        InputError: if it does not broadcast to that.
+    """
     if factor is None or isinstance(factor, (int, float)):
         return torch.full(sizes, 1.0 if factor is None else float(factor), device=device)
     tensor = check_tensor(name, factor)
