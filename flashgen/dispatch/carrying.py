@@ -16,7 +16,7 @@ from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonBackwardCo
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import InputError
 from flashgen.heuristics import default_configs
-from flashgen.heuristics.decode import follows_lengths
+from flashgen.heuristics.decode import follows_lengths, gathering
 from flashgen.registry import RegistryEntry
 from flashgen.spec import Problem, Shape
 from flashgen.target import GpuTarget
@@ -73,15 +73,16 @@ def carried(
     return _refitted(entry.config, measured, problem, target)
 
 
-def by_pointers(config: KernelConfig) -> KernelConfig | None:
+def by_pointers(config: KernelConfig, page_size: int) -> KernelConfig | None:
     """Return what an entry of decoding says where its descriptors cannot read the caches; None of other entries.
 
-    Pages of less than a tile are such, and strides of no whole 16 bytes. The rest of the config is about how much of
-    the keys is under way and how it is divided, which is alike.
+    Pages of less than a tile are such, and strides of no whole 16 bytes. How keys are divided is alike; pages that are
+    gathered key by key take the steps that are best for them.
     """
-    if isinstance(config, TritonDecodeConfig) and config.loads == "descriptor":
-        return dataclasses.replace(config, loads="pointer")
-    return None
+    if not isinstance(config, TritonDecodeConfig) or config.loads != "descriptor":
+        return None
+    pointers = dataclasses.replace(config, loads="pointer")
+    return gathering(pointers) if page_size % config.block_n else pointers
 
 
 def _is_default(entry: RegistryEntry, target: GpuTarget) -> bool:

@@ -148,7 +148,7 @@ class _Ladder:
             if config != candidate.config:
                 yield dataclasses.replace(candidate, config=found.config, change=found.change)
         yield candidate
-        pointers = by_pointers(config) if candidate.entry is not None else None
+        pointers = by_pointers(config, self.problem.spec.page_size) if candidate.entry is not None else None
         if pointers is not None:
             yield dataclasses.replace(candidate, config=pointers, change=_BY_POINTERS)
 

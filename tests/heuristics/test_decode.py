@@ -56,6 +56,21 @@ def test_a_tile_holds_the_queries_of_a_group(sizes: str, rows: int) -> None:
     assert rows_of_tile(asked.shape) == default(asked).block_m == rows
 
 
+def test_small_pages_take_shorter_steps_and_more_programs() -> None:
+    whole, small = (default(problem(f"d=128 page={size}")) for size in (256, 16))
+    assert (whole.loads, small.loads) == ("descriptor", "pointer")
+    assert small.block_n < whole.block_n
+    assert small.programs > whole.programs
+    # Many rows are busy with their products.
+    many = "b=1 hq=32 hkv=8 sq=64 sk=4096"
+    assert default(problem("d=128 page=16", many)).block_n == default(problem("d=128 page=64", many)).block_n
+
+
+def test_chunks_of_one_sequence_are_aligned_and_batches_are_not() -> None:
+    found = [default(problem("d=128", f"b={batch} hq=32 hkv=8 sq=256 sk=4096")).schedule for batch in (1, 2)]
+    assert found == ["aligned", "even"]
+
+
 def test_the_capacity_of_a_cache_changes_nothing() -> None:
     found = {default_configs(problem("d=128", f"b=4 hq=32 hkv=8 sq=1 sk={n}"), H200) for n in (1, 4096, 131072)}
     assert len(found) == 1
