@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.codegen import HopperForwardConfig, RenderedKernel, TritonBackwardConfig, TritonForwardConfig, render
+from flashgen.codegen import (
+    HopperForwardConfig,
+    RenderedKernel,
+    TritonBackwardConfig,
+    TritonDecodeConfig,
+    TritonForwardConfig,
+    render,
+)
 from flashgen.codegen.config import Loads, Loops, QueryGradient
 from flashgen.spec import AttentionSpec, DType, parse_mask
 from flashgen.spec.mods import parse_mod
@@ -131,6 +138,30 @@ HOPPER: dict[str, tuple[dict[str, typing.Any], dict[str, typing.Any]]] = {
     "head_tiles_qk": ({"head_dim_qk": 80, "head_dim_v": 64, "mask": parse_mask("causal")}, {"diagonal": "half"}),
 }  # fmt: skip
 
+# What differs from a full mask of bf16, and the loads and the loops.
+DECODE: dict[str, tuple[dict[str, typing.Any], Loads, Loops]] = {
+    "full": ({}, "descriptor", "split"),
+    "causal_single": ({"mask": parse_mask("causal"), "lse": True}, "pointer", "single"),
+    "window": ({"mask": parse_mask(MASKS["sliding_window"]), "sinks": True, "alibi": True}, "pointer", "split"),
+    "pages": ({"mask": parse_mask("causal"), "page_size": 16, "lse": True}, "pointer", "split"),
+    "pages_descriptor": ({"page_size": 256, "softcap": True}, "descriptor", "single"),
+    "append": ({"mask": parse_mask("causal"), "append": True, "batch_idx": True}, "descriptor", "split"),
+    "append_pages": (
+        {"mask": parse_mask("causal"), "append": True, "rotary": "halves", "page_size": 64, "lse": True},
+        "descriptor", "split",
+    ),
+    "everything": (
+        {
+            "mask": parse_mask("causal&chunked(64)"), "append": True, "rotary": "pairs", "rotary_fp32": True,
+            "leftpad": True, "batch_idx": True, "score_mod": SCORE_MOD, "softcap": True, "alibi": True, "sinks": True,
+            "lse": True, "head_dim_qk": 192, "head_dim_v": 96,
+        },
+        "pointer", "split",
+    ),
+    "fp8": ({"fp8_kv": True, "descale": True, "leftpad": True}, "pointer", "split"),
+    "latent": ({"head_dim_qk": 576, "head_dim_v": 512, "shared_kv": True}, "descriptor", "split"),
+}  # fmt: skip
+
 
 def rendered(loads: Loads, loops: Loops = "split", **changes: typing.Any) -> RenderedKernel:
     spec = AttentionSpec(**{"dtype": DType.BF16, "head_dim_qk": 128, "head_dim_v": 128, **changes})
@@ -145,6 +176,14 @@ def rendered_backward(changes: dict[str, typing.Any], dq: QueryGradient, loads: 
     config = TritonBackwardConfig(block_m1=64, block_n1=128, num_warps=8, num_stages=2, dq=dq, loads=loads, loops=loops)
     if dq == "kernel":
         config = dataclasses.replace(config, block_m2=128, block_n2=64, num_warps2=8, num_stages2=2)
+    return render(spec, config)
+
+
+def rendered_decode(changes: dict[str, typing.Any], loads: Loads, loops: Loops) -> RenderedKernel:
+    spec = AttentionSpec(**{"dtype": DType.BF16, "head_dim_qk": 128, "head_dim_v": 128, "phase": "decode", **changes})
+    config = TritonDecodeConfig(
+        block_m=16, block_n=64, num_warps=4, num_stages=3, loads=loads, loops=loops, head_tiles=2
+    )
     return render(spec, config)
 
 
@@ -169,6 +208,7 @@ def _all_kernels() -> dict[str, RenderedKernel]:
     for name, (changes, loads) in FEATURES.items():
         found |= {f"feature_{name}_{load}.py": rendered(load, **changes) for load in loads}
     found |= {f"backward_{name}.py": rendered_backward(*how) for name, how in BACKWARD.items()}
+    found |= {f"decode_{name}.py": rendered_decode(*how) for name, how in DECODE.items()}
     found |= {f"hopper_{name}.py": rendered_hopper(*how) for name, how in HOPPER.items()}
     return found
 
@@ -238,7 +278,7 @@ def test_same_bytes_in_every_process(seed: str) -> None:
 def test_source_says_where_it_comes_from_and_not_when(name: str) -> None:
     docstring = ast.get_docstring(ast.parse(KERNELS[name].source))
     assert docstring is not None
-    phase = "backward" if name.startswith("backward") else "forward"
+    phase = KERNELS[name].plan.spec.phase
     is_hopper = name.startswith("hopper")
     assert f"templates/{'gluon/hopper_forward' if is_hopper else f'triton/{phase}'}.py.jinja" in docstring
     assert f"{KERNELS[name].plan.mask.title} mask" in docstring
@@ -248,7 +288,7 @@ def test_source_says_where_it_comes_from_and_not_when(name: str) -> None:
     plan = KERNELS[name].plan
     assert is_hopper or ("descriptor loads" if plan.descriptor else "pointer loads") in docstring
     assert ("with lse" in docstring) == plan.spec.lse
-    assert phase == "forward" or f"dQ by {BACKWARD[name[9:-3]][1]}" in docstring
+    assert phase != "backward" or f"dQ by {BACKWARD[name[9:-3]][1]}" in docstring
     assert ("with score_mod" in docstring) == (plan.spec.score_mod is not None)
     for feature in plan.spec.features:
         assert f"with {feature}" in docstring
@@ -284,7 +324,7 @@ def test_kernels_are_those_of_the_plan(name: str) -> None:
         own_dq, dbias = ["attn_bwd_dq"] * (dq == "kernel"), ["attn_bwd_dbias"] * ("dbias" in changes)
         assert names == ["attn_bwd_delta", "attn_bwd_dkdv", *own_dq, *dbias]
     else:
-        assert names == ["attn_fwd"]
+        assert names == ["attn_decode" if name.startswith("decode") else "attn_fwd"]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -303,7 +343,9 @@ def test_every_argument_of_a_kernel_is_used(name: str) -> None:
     functions = _functions(kernel)
     for entry in kernel.plan.entries:
         used = {node.id for node in ast.walk(functions[entry.name]) if isinstance(node, ast.Name)}
-        assert {*entry.arguments, *entry.constants} - used == set(), entry.name
+        # Decoding asks for rows of lse by it, where there are any.
+        spared = {"nheads_q"} if name.startswith("decode") and not kernel.plan.spec.lse else set()
+        assert {*entry.arguments, *entry.constants} - used == spared, entry.name
 
 
 @pytest.mark.parametrize("name", BACKWARD)

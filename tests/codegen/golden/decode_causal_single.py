@@ -1,0 +1,559 @@
+"""attn_decode: causal mask with lse, pointer loads.
+
+Rendered by flashgen from templates/triton/decode.py.jinja.
+"""
+
+import triton
+import triton.language as tl
+
+# Names: off_z batch, off_h query head, off_hkv key/value head, offs_m query rows,
+# offs_n keys, offs_d head dimension; m_i row maximum, l_i row sum, acc unnormalised
+# output, alpha rescale of both after a new maximum. Scores are in base 2: qk_scale
+# holds softmax_scale * log2(e), and lse is turned back to natural log at the end.
+# A tile has BLOCK_M rows: query i of head g of the group is row i * group + g. A unit is
+# `step` key tiles of a tile of rows; programs take units in order, over heads and sequences.
+
+
+@triton.jit
+def mask_mod(b, h, q_idx, kv_idx, SEQLEN_Q, SEQLEN_K):
+    """Whether query row q_idx sees key kv_idx: the last row sees the last key."""
+    return kv_idx <= q_idx + (SEQLEN_K - SEQLEN_Q)
+
+
+@triton.jit
+def bounds_causal(start_m, SEQLEN_Q, SEQLEN_K, BLOCK_M):
+    """Where the keys end that every row of the tile sees, and those that some row does."""
+    diagonal = start_m + 1 + (SEQLEN_K - SEQLEN_Q)
+    return diagonal, diagonal + BLOCK_M - 1
+
+
+@triton.jit
+def kv_bounds(
+    start_m,
+    SEQLEN_Q,
+    SEQLEN_K,
+    BLOCK_M,
+    BLOCK_N,
+):
+    """Keys [0, full_end) are seen by every row of the tile, [full_end, end) by some."""
+    full_hi, hi = SEQLEN_K, SEQLEN_K
+    all_last, last = bounds_causal(
+        start_m,
+        SEQLEN_Q,
+        SEQLEN_K,
+        BLOCK_M,
+    )
+    full_hi = tl.minimum(full_hi, all_last)
+    hi = tl.minimum(hi, last)
+    end = tl.maximum(hi, 0)
+    full_end = tl.maximum(full_hi, 0) // BLOCK_N * BLOCK_N
+    return full_end, end
+
+
+@triton.jit
+def sequence_parts(
+    z,
+    batch,
+    SEQLEN_Q,
+    splits,
+    min_blocks,
+    BLOCK_N: tl.constexpr,
+    cache_seqlens_ptr,
+):
+    """Length of a sequence, its first key and key tiles, key tiles of a unit, units of a tile of rows."""
+    length = tl.load(cache_seqlens_ptr + z, mask=z < batch, other=0)
+    _, end = kv_bounds(
+        0,
+        SEQLEN_Q,
+        length,
+        SEQLEN_Q,
+        BLOCK_N,
+    )
+    start = end * 0
+    blocks = tl.maximum(tl.cdiv(end - start, BLOCK_N), 1)
+    # splits == 0: units of one key tile, divided evenly; else so many units for every tile of rows.
+    step = blocks * 0 + 1
+    units = blocks
+    if splits > 0:
+        step = tl.maximum(tl.cdiv(blocks, splits), min_blocks)
+        units = tl.cdiv(blocks, step)
+    return length, start, blocks, step, tl.where(z < batch, units, 0)
+
+
+@triton.jit
+def cache_rows(offs_n, stride_n):
+    """Where keys lie in the cache of their sequence."""
+    return offs_n.to(tl.int64) * stride_n
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    rows,
+    inside,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Rows at these offsets from ptr, zero where they are not inside, and past the head dimension."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows[:, None] + offs_d[None, :]
+    inside = inside[:, None]
+    if CHECK_ROWS and HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=inside & (offs_d[None, :] < HEAD_DIM), other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=inside, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(
+    ptr,
+    rows,
+    inside,
+    tile,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write rows at these offsets from ptr, none that is not inside, nothing past the head dimension."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows[:, None] + offs_d[None, :]
+    tl.store(ptrs, tile, mask=inside[:, None] & (offs_d[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def write_out(
+    acc,
+    l_i,
+    ptr,
+    rows,
+    inside,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Normalise and write; a row that saw no key gives 0."""
+    norm = tl.where(l_i == 0.0, 1.0, l_i)
+    out = (acc / norm[:, None]).to(ptr.dtype.element_ty)
+    store_rows(ptr, rows, inside, out, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def natural_lse(l_i, m_i):
+    """Log-sum-exp of rows; -inf of one that saw no key."""
+    return (m_i + tl.math.log2(l_i)) * 0.6931471805599453
+
+
+@triton.jit
+def store_partial(
+    acc,
+    l_i,
+    m_i,
+    partial_ptr,
+    slot,
+    is_row,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Leave the sums over some keys of a tile of rows for whoever merges them."""
+    offs_m = tl.arange(0, BLOCK_M)
+    rows = slot.to(tl.int64) * BLOCK_M + offs_m
+    stats = partial_ptr + tl.num_programs(0).to(tl.int64) * 2 * BLOCK_M * HEAD_DIM_V
+    tl.store(stats + rows * 2, m_i, mask=is_row)
+    tl.store(stats + rows * 2 + 1, l_i, mask=is_row)
+    offs_d = tl.arange(0, BLOCK_DV)
+    ptrs = partial_ptr + rows[:, None] * HEAD_DIM_V + offs_d[None, :]
+    inside = is_row[:, None] & (offs_d[None, :] < HEAD_DIM_V)
+    tl.store(ptrs, acc, mask=inside)
+
+
+@triton.jit
+def merge_partials(
+    partial_ptr,
+    first_program,
+    last_program,
+    first_slot,
+    is_row,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Sums over all that the programs of a tile left, some columns from FIRST on: always added up in one order."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = FIRST + tl.arange(0, WIDTH)
+    stats = partial_ptr + tl.num_programs(0).to(tl.int64) * 2 * BLOCK_M * HEAD_DIM_V
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
+    for start in tl.range(first_program, last_program + 1, TOGETHER, num_stages=1):
+        # No load waits for what comes before it: several are under way.
+        for offset in tl.static_range(TOGETHER):
+            program = start + offset
+            slot = tl.where(program == first_program, first_slot, 2 * program)
+            rows = slot.to(tl.int64) * BLOCK_M + offs_m
+            there = tl.where(program <= last_program, is_row, False)
+            m_part = tl.load(
+                stats + rows * 2,
+                mask=there,
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            l_part = tl.load(
+                stats + rows * 2 + 1,
+                mask=there,
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            ptrs = partial_ptr + rows[:, None] * HEAD_DIM_V + offs_d[None, :]
+            inside = there[:, None] & (offs_d[None, :] < HEAD_DIM_V)
+            part = tl.load(ptrs, mask=inside, other=0.0, cache_modifier=".cg")
+            m_part = tl.where(there, m_part, float("-inf"))
+            m_new = tl.maximum(m_i, m_part)
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            alpha = tl.math.exp2(m_i - m_safe)
+            beta = tl.math.exp2(m_part - m_safe)
+            l_i = l_i * alpha + l_part * beta
+            acc = acc * alpha[:, None] + part * beta[:, None]
+            m_i = m_new
+    return acc, l_i, m_i
+
+
+@triton.jit
+def softmax_step(
+    l_i,
+    m_i,
+    qk,
+    qk_scale,
+    visible,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over one key tile (FlashAttention-2, algorithm 1), in base 2."""
+    if MASKED:
+        qk = tl.where(visible, qk * qk_scale, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        # A row that has seen no key yet keeps -inf; subtracting it would give NaN.
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.math.exp2(qk - m_safe[:, None])
+        alpha = tl.math.exp2(m_i - m_safe)
+    else:
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * qk_scale)
+        p = tl.math.exp2(qk * qk_scale - m_new[:, None])
+        alpha = tl.math.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    return p, alpha, l_i, m_new
+
+
+@triton.jit
+def attend(
+    acc,
+    l_i,
+    m_i,
+    q,
+    start_n,
+    end_n,
+    k_ptr,
+    v_ptr,
+    stride_kn,
+    stride_vn,
+    off_z,
+    off_h,
+    q_idx,
+    SEQLEN_Q,
+    SEQLEN_K,
+    qk_scale,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attend to the keys [start_n, end_n) of the cache: all visible, or MASKED key by key."""
+    for n in tl.range(start_n, end_n, BLOCK_N, num_stages=STAGES):
+        n = tl.multiple_of(n, BLOCK_N)
+        offs_n = n + tl.arange(0, BLOCK_N)
+        inside = offs_n < SEQLEN_K
+        k_rows = cache_rows(offs_n, stride_kn)
+        k = load_rows(
+            k_ptr,
+            k_rows,
+            inside,
+            HEAD_DIM_QK,
+            BLOCK_DQK,
+            MASKED,
+        )
+
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        kv_idx = offs_n[None, :]
+        visible = None
+        if MASKED:
+            visible = mask_mod(
+                off_z,
+                off_h,
+                q_idx,
+                kv_idx,
+                SEQLEN_Q,
+                SEQLEN_K,
+            )
+
+        v_rows = cache_rows(offs_n, stride_vn)
+        v = load_rows(
+            v_ptr,
+            v_rows,
+            inside,
+            HEAD_DIM_V,
+            BLOCK_DV,
+            MASKED,
+        )
+
+        p, alpha, l_i, m_i = softmax_step(
+            l_i,
+            m_i,
+            qk,
+            qk_scale,
+            visible,
+            MASKED,
+        )
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, l_i, m_i
+
+
+@triton.jit
+def attn_decode(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qz,
+    stride_qh,
+    stride_qm,
+    stride_kz,
+    stride_kh,
+    stride_kn,
+    stride_vz,
+    stride_vh,
+    stride_vn,
+    stride_oz,
+    stride_oh,
+    stride_om,
+    qk_scale,
+    batch,
+    nheads_q,
+    nheads_kv,
+    group,
+    SEQLEN_Q,
+    splits,
+    min_blocks,
+    cache_seqlens_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DQK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    SLICES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    # Prologue: which units are this program's, and of which sequence the first is.
+    num_m = tl.cdiv(SEQLEN_Q * group, BLOCK_M)
+    num_tiles = nheads_kv * num_m
+    total = 0
+    for z in range(0, batch, BLOCK_Z):
+        units = sequence_parts(
+            z + tl.arange(0, BLOCK_Z),
+            batch,
+            SEQLEN_Q,
+            splits,
+            min_blocks,
+            BLOCK_N,
+            cache_seqlens_ptr,
+        )[4]
+        total += tl.sum(units, 0) * num_tiles
+    share = 1
+    if splits == 0:
+        share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), min_blocks)
+    first_unit = tl.program_id(0) * share
+    last_unit = tl.minimum(first_unit + share, total)
+    off_z = 0
+    before = 0
+    passed = 0
+    for z in range(0, tl.where(batch > 1, batch, 0), BLOCK_Z):
+        units = sequence_parts(
+            z + tl.arange(0, BLOCK_Z),
+            batch,
+            SEQLEN_Q,
+            splits,
+            min_blocks,
+            BLOCK_N,
+            cache_seqlens_ptr,
+        )[4]
+        units = units * num_tiles
+        ends = passed + tl.cumsum(units, 0)
+        earlier = (ends <= first_unit) & (units > 0)
+        off_z += tl.sum(earlier.to(tl.int32), 0)
+        before += tl.sum(tl.where(earlier, units, 0), 0)
+        passed += tl.sum(units, 0)
+
+    unit = first_unit
+    while unit < last_unit:
+        # The next tile of rows, and which of its keys.
+        SEQLEN_K, first_key, blocks, step, num_parts = sequence_parts(
+            off_z,
+            batch,
+            SEQLEN_Q,
+            splits,
+            min_blocks,
+            BLOCK_N,
+            cache_seqlens_ptr,
+        )
+        tile = (unit - before) // num_parts
+        tile_unit = before + tile * num_parts
+        part = unit - tile_unit
+        parts = tl.minimum(num_parts - part, last_unit - unit)
+        off_hkv = tile // num_m
+        start_m = tile % num_m * BLOCK_M
+        rows = start_m + tl.arange(0, BLOCK_M)
+        is_row = rows < SEQLEN_Q * group
+        offs_m = rows // group
+        heads = off_hkv * group + rows % group
+        begin = first_key + part * step * BLOCK_N
+        stop = first_key + tl.minimum((part + parts) * step, blocks) * BLOCK_N
+        off_b = off_z.to(tl.int64)
+        q_rows = heads.to(tl.int64) * stride_qh + offs_m.to(tl.int64) * stride_qm
+        q_rows += off_b * stride_qz
+        q = load_rows(
+            q_ptr,
+            q_rows,
+            is_row,
+            HEAD_DIM_QK,
+            BLOCK_DQK,
+            True,
+        )
+        entry = off_z
+        k_head = k_ptr + off_hkv.to(tl.int64) * stride_kh
+        k_head += entry.to(tl.int64) * stride_kz
+        v_head = v_ptr + off_hkv.to(tl.int64) * stride_vh
+        v_head += entry.to(tl.int64) * stride_vz
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+        l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+        m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+
+        # Main loop: key tiles, all masked.
+        first_m = start_m // group
+        last_m = (tl.minimum(start_m + BLOCK_M, SEQLEN_Q * group) - 1) // group
+        _, end = kv_bounds(
+            first_m,
+            SEQLEN_Q,
+            SEQLEN_K,
+            last_m - first_m + 1,
+            BLOCK_N,
+        )
+        acc, l_i, m_i = attend(
+            acc,
+            l_i,
+            m_i,
+            q,
+            begin,
+            tl.minimum(stop, end),
+            k_head,
+            v_head,
+            stride_kn,
+            stride_vn,
+            off_z,
+            heads[:, None],
+            offs_m[:, None],
+            SEQLEN_Q,
+            SEQLEN_K,
+            qk_scale,
+            HEAD_DIM_QK,
+            HEAD_DIM_V,
+            BLOCK_DQK,
+            BLOCK_DV,
+            BLOCK_N,
+            True,
+            NUM_STAGES,
+        )
+
+        # Epilogue: the last of a tile's programs merges what all of them left.
+        out_rows = heads.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_om
+        out_rows += off_b * stride_oz
+        lse_rows = (off_b * nheads_q + heads) * SEQLEN_Q + offs_m
+        if parts == num_parts:
+            write_out(
+                acc,
+                l_i,
+                out_ptr,
+                out_rows,
+                is_row,
+                HEAD_DIM_V,
+                BLOCK_DV,
+            )
+            tl.store(lse_ptr + lse_rows, natural_lse(l_i, m_i), mask=is_row)
+        else:
+            slot = 2 * tl.program_id(0) + (unit != first_unit).to(tl.int32)
+            store_partial(
+                acc,
+                l_i,
+                m_i,
+                partial_ptr,
+                slot,
+                is_row,
+                HEAD_DIM_V,
+                BLOCK_DV,
+                BLOCK_M,
+                TOGETHER,
+            )
+            tl.debug_barrier()
+            arrivals = arrivals_ptr + off_z * num_tiles + tile
+            first_program = tile_unit // share
+            last_program = (tile_unit + num_parts - 1) // share
+            arrived = tl.atomic_add(arrivals, 1, sem="acq_rel")
+            if arrived == last_program - first_program:
+                tl.store(arrivals, 0)
+                # A program leaves two sums at most: of its first tile, and of its last one.
+                is_second = first_program * share < tile_unit
+                first_slot = 2 * first_program + is_second.to(tl.int32)
+                for first in tl.static_range(0, BLOCK_DV, BLOCK_DV // SLICES):
+                    acc_all, l_all, m_all = merge_partials(
+                        partial_ptr,
+                        first_program,
+                        last_program,
+                        first_slot,
+                        is_row,
+                        first,
+                        BLOCK_DV // SLICES,
+                        HEAD_DIM_V,
+                        BLOCK_DV,
+                        BLOCK_M,
+                        TOGETHER,
+                    )
+                    write_out(
+                        acc_all,
+                        l_all,
+                        out_ptr + first,
+                        out_rows,
+                        is_row,
+                        HEAD_DIM_V - first,
+                        BLOCK_DV // SLICES,
+                    )
+                    if first == 0:
+                        lse = natural_lse(l_all, m_all)
+                        tl.store(lse_ptr + lse_rows, lse, mask=is_row)
+        unit += parts
+        if unit == before + num_tiles * num_parts:
+            before = unit
+            off_z += 1
