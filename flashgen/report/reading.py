@@ -26,7 +26,7 @@ from flashgen.report.snapshot import open_snapshot
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import GpuTarget, named_target
 from flashgen.tuning.journal import shown_place
-from flashgen.tuning.model_evaluator import ModelEvaluator
+from flashgen.tuning.model_evaluator import PREDICTED_TIMING
 from flashgen.tuning.tried import tried_from
 
 ShortName = typing.Callable[[KernelConfig], str]
@@ -101,7 +101,7 @@ def _problem_report(storage: BaseStorage, name: str, registry: Registry, short_n
         device=device,
         target=target,
         timing=timing,
-        origin="predicted" if timing == ModelEvaluator.timing else "measured",
+        origin="predicted" if timing == PREDICTED_TIMING else "measured",
         versions=versions,
         trials=trials,
         unfinished=len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))),

@@ -24,6 +24,10 @@ from flashgen.tuning.workers import WorkerFailure
 Checked = tuple[float, float] | Rejected
 
 
+PREDICTED_TIMING = "occupancy-roofline-model"
+"""What an entry says of times that nobody measured."""
+
+
 class ModelEvaluator:
     """Ranks candidates by `predict_us`; leaders that the interpreter can run must pass a check in it."""
 
@@ -39,7 +43,7 @@ class ModelEvaluator:
         self._checked: dict[tuple[Problem, KernelConfig], Checked] = {}
 
     def timing(self, phase: Phase) -> str:
-        return "occupancy-roofline-model"
+        return PREDICTED_TIMING
 
     @property
     def connections(self) -> list[Connection]:
