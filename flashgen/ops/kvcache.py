@@ -144,8 +144,9 @@ def attention_with_kvcache(
         cache_batch_idx: int32 [batch], the entry of the cache of each sequence, where it is not its number.
         cache_leftpad: int32 [batch], the first row that each sequence uses.
         rotary_cos, rotary_sin: [positions, rotary_dim / 2] of q's dtype or float32, rotary_dim a multiple of 16: rotate
-            the first rotary_dim columns of `k`, row i at position cache_seqlens + i, and of q: row i at cache_seqlens + i where
-            `causal`, `window` or `mask` let queries see different keys by their position, else at cache_seqlens.
+            the first rotary_dim columns of `k`, row i at position cache_seqlens + i, and of q: row i at cache_seqlens +
+            i where `causal`, `window` or `mask` let queries see different keys by their position, else at
+            cache_seqlens.
         rotary_interleaved: whether columns 2 i and 2 i + 1 are rotated together; else i and i + rotary_dim / 2.
         mask: as in `attention`, one whose keys a formula bounds (causal, windows, prefixes, ... and none of tensors).
         k_descale, v_descale: factors of float8 caches: a number, or what broadcasts to [batch, nheads_kv].
