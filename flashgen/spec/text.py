@@ -20,7 +20,7 @@ _NUMBERS = {
     "hq": "query heads",
     "hkv": "key/value heads (default: hq)",
     "s": "query and key length alike",
-    "sq": "query length",
+    "sq": "query length (default: s; of decode with sk=, 1)",
     "sk": "key length (default: sq)",
     "d": "head dimension of Q and K",
     "dv": "head dimension of V (default: d)",
@@ -186,7 +186,9 @@ def _dtype_word(word: str) -> DType:
 def _assemble(text: str, words: _Words) -> Problem:
     numbers = words.numbers
     heads = numbers.get("hq", numbers.get("h"))
-    seqlen = numbers.get("sq", numbers.get("s"))
+    # A step of decoding has one query, whatever there is in the cache.
+    one = 1 if words.phase == "decode" and "sk" in numbers else None
+    seqlen = numbers.get("sq", numbers.get("s", one))
     head_dim = numbers.get("d")
     if heads is None or seqlen is None or head_dim is None:
         raise InputError(

@@ -169,6 +169,13 @@ def test_the_decode_phase() -> None:
         assert parse_problem(str(problem)) == problem
 
 
+def test_a_step_of_decoding_has_one_query() -> None:
+    problem = parse_problem("b=2 hq=8 hkv=2 sk=100 d=64 decode")
+    assert (problem.shape.seqlen_q, problem.shape.seqlen_k) == (1, 100)
+    with pytest.raises(InputError, match="must give"):
+        parse_problem("b=2 hq=8 hkv=2 sk=100 d=64 forward")
+
+
 def test_a_cache_is_read_once_in_its_own_type() -> None:
     spec = AttentionSpec(dtype=DType.BF16, head_dim_qk=128, head_dim_v=64, phase="decode")
     shape = Shape(batch=2, seqlen_q=1, seqlen_k=1000, nheads_q=4, nheads_kv=2)
