@@ -107,7 +107,8 @@ def assert_each_once(bench: typing.Any, result: typing.Any, trials: int = TRIALS
 
 @pytest.mark.parametrize("place", ["journal", "server"])
 def test_two_machines_share_the_work_and_the_winner_is_the_same(bench, join, place, request):
-    slow(bench)
+    # Long enough for the others' processes to have started, on a machine that is busy.
+    slow(bench, 1.0)
     study = request.getfixturevalue("server").url if place == "server" else None
     machines = [join(study), join(study)]
     (result,) = bench.run(trials=TRIALS, workers=1, study=study, shared=True).results
