@@ -12,13 +12,13 @@ from flashgen.codegen.head_tiles import tile_widths
 from flashgen.codegen.limits import (
     LEAST_KEYS_OF_BYTES,
     ROWS_PER_WARP,
-    SPARE_REGISTERS,
+    accumulator_reason,
     alignment_reason,
     has_tensor_memory,
+    head_tiles_reason,
     launch_reason,
     loads_bytes,
     maxnreg_reason,
-    register_limit,
     shared_memory_reason,
     side_reason,
     tma_reason,
@@ -58,12 +58,7 @@ def keys_fill_operands(config: TritonDecodeConfig, spec: AttentionSpec, target: 
 
 def head_tiles_matter(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """A head dimension is cut into two tiles only where that is narrower than one."""
-    if config.head_tiles not in (1, 2):
-        return f"head_tiles={config.head_tiles} is neither 1 nor 2"
-    cut = any(len(widths) == 2 for widths in tile_widths(spec, 2))
-    if config.head_tiles == 2 and not cut:
-        return f"head dimensions {spec.head_dim_qk} and {spec.head_dim_v} are no narrower as two tiles"
-    return None
+    return head_tiles_reason(config.head_tiles, spec)
 
 
 def shared_tiles_match(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
@@ -140,16 +135,15 @@ def _product_is_async(config: TritonDecodeConfig, spec: AttentionSpec, target: G
 
 def accumulator_fits_registers(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """The float32 scores and output of a tile fit the registers of its threads."""
-    threads = max(config.num_warps, 1) * target.warp_size
-    dims = sum(tile_widths(spec, config.head_tiles)[1])
-    # Tensor memory holds both; registers see one at a time, for the softmax or the rescale.
-    in_tensor_memory = has_tensor_memory(target) and _product_is_async(config, spec, target)
-    columns = max(dims, config.block_n) if in_tensor_memory else dims + config.block_n
-    needed = config.block_m * columns // threads + SPARE_REGISTERS
-    limit = register_limit(config.num_warps, config.maxnreg, target)
-    if needed > limit:
-        return f"accumulators of {config.block_m}x{columns} need about {needed} registers a thread of {limit}"
-    return None
+    return accumulator_reason(
+        config.block_m,
+        config.block_n,
+        sum(tile_widths(spec, config.head_tiles)[1]),
+        config.num_warps,
+        config.maxnreg,
+        target,
+        in_tensor_memory=has_tensor_memory(target) and _product_is_async(config, spec, target),
+    )
 
 
 DECODE_CONSTRAINTS: dict[str, Constraint] = {

@@ -222,7 +222,7 @@ class DecodePlan(KernelPlan):
             ("triton/parts/kv_bounds", True),
             ("triton/parts/sequence_parts", True),
             ("triton/parts/cache_rows", bool(self.cache_pointers or spec.page_size)),
-            ("triton/parts/load_rows", not (self.descriptor and spec.rotary and not spec.append)),
+            ("triton/parts/load_rows", True),
             ("triton/parts/load_rotated", bool(spec.rotary)),
             ("triton/parts/store_rows", True),
             ("triton/parts/write_out", True),

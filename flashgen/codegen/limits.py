@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flashgen.codegen.head_tiles import tile_widths
 from flashgen.spec import AttentionSpec
 from flashgen.target import GpuTarget
 
@@ -82,6 +83,32 @@ def alignment_reason(spec: AttentionSpec, box: int, copy: str = "loads=descripto
             return f"rows of {name}={dims} {spec.kv_dtype} are not a multiple of 16 bytes, as {copy} needs"
     if box > _MAX_DESCRIPTOR_BOX:
         return f"a tile side of {box} is more than the {_MAX_DESCRIPTOR_BOX} that {copy} moves at once"
+    return None
+
+
+def accumulator_reason(
+    rows: int, keys: int, columns_v: int, num_warps: int, maxnreg: int, target: GpuTarget, *, in_tensor_memory: bool
+) -> str | None:
+    """Return why the float32 scores and output of a tile do not fit the registers of its threads.
+
+    Tensor memory holds both; registers then see one at a time, for the softmax or the rescale.
+    """
+    threads = max(num_warps, 1) * target.warp_size
+    columns = max(columns_v, keys) if in_tensor_memory else columns_v + keys
+    needed = rows * columns // threads + SPARE_REGISTERS
+    limit = register_limit(num_warps, maxnreg, target)
+    if needed > limit:
+        return f"accumulators of {rows}x{columns} need about {needed} registers a thread of {limit}"
+    return None
+
+
+def head_tiles_reason(most: int, spec: AttentionSpec) -> str | None:
+    """Return why a head dimension cannot be cut into so many tiles: into two only where that is narrower than one."""
+    if most not in (1, 2):
+        return f"head_tiles={most} is neither 1 nor 2"
+    cut = any(len(widths) == 2 for widths in tile_widths(spec, 2))
+    if most == 2 and not cut:
+        return f"head dimensions {spec.head_dim_qk} and {spec.head_dim_v} are no narrower as two tiles"
     return None
 
 

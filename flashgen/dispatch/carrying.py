@@ -56,8 +56,10 @@ def carried(
             won there, and another here, nobody knows which of them wins in between: then it is the default.
     """
     own = Carried(config=entry.config)
-    if isinstance(entry.config, TritonDecodeConfig) and follows_lengths(entry.config, problem.shape) != entry.config:
-        return Carried(config=follows_lengths(entry.config, problem.shape), change=_EVENLY)
+    if isinstance(entry.config, TritonDecodeConfig):
+        evenly = follows_lengths(entry.config, problem.shape)
+        if evenly != entry.config:
+            return Carried(config=evenly, change=_EVENLY)
     if entry.spec == problem.spec.tuning_key() and entry.range.covers(problem.shape):
         return own
     measured, default = _measured(entry), _first_default(problem, target)

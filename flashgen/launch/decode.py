@@ -142,7 +142,6 @@ class DecodeLaunch:
         self._side = SideTensors(plan)
         self._tiles = num_tiles(problem.shape, config)
         self.partial_size = partial_size(problem, config, grid)
-        self._device = device.index
         self._kernel = BoundKernel(
             entry,
             built,

@@ -70,8 +70,8 @@ def random_decode_call(
     Args:
         problem: of the decode phase.
         device: where tensors are made.
-        seed: the same seed gives the same numbers on the same kind of device. Odd seeds
-            rotate half of the columns, others all of them.
+        seed: the same seed gives the same numbers on the same kind of device. Odd seeds rotate half of the columns,
+            others all of them.
         ragged: each sequence has a length of its own, from nothing to the problem's; table entries beyond the last page
             of a sequence are no pages; one sequence may be all padding; another number of keys is appended than there
             are queries. Otherwise all have the problem's length.
