@@ -73,9 +73,14 @@ def arrival_counters(device: int, stream: int, count: int) -> torch.Tensor:
 
 
 def reset_tile_counters() -> None:
-    """Set every counter to zero: after a kernel that may not have left it so."""
+    """Set every counter to zero, after a kernel that may not have left it so, and take back what graphs were given.
+
+    For a process that has let go of every graph it captured: later ones count where those did.
+    """
     for counter in (*_counters.values(), *(counter for made in _arrivals.values() for counter in made)):
         counter.zero_()
+    for device, (spare, _) in _for_graphs.items():
+        _for_graphs[device] = spare.zero_(), 0
 
 
 def _zeros(device: int, count: int) -> torch.Tensor:

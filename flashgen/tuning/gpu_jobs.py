@@ -236,9 +236,13 @@ def _compiled(spec: AttentionSpec, config: KernelConfig) -> CompiledKernel:
 def _clock_of(problem: Problem) -> Clock:
     """Return the clock of a problem's calls: those of decoding are too short for anything but a graph of many.
 
-    That one is made anew each time: it keeps what it has timed.
+    That one is made anew each time: it keeps what it has timed. The graphs of those before it are gone, and without
+    their counters a search runs out of such as cost a replay nothing.
     """
-    return GraphClock(_device()) if problem.spec.phase == "decode" else _clock()
+    if problem.spec.phase != "decode":
+        return _clock()
+    reset_tile_counters()
+    return GraphClock(_device())
 
 
 @functools.lru_cache(maxsize=1)
