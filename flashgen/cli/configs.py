@@ -85,7 +85,8 @@ def _short_decode(config: TritonDecodeConfig) -> str:
     words += [f"r{config.maxnreg}"] if config.maxnreg else []
     words += [f"h{config.head_tiles}"] if config.head_tiles != 1 else []
     words += [config.loops] if config.loops != "split" else []
-    words += [config.schedule] if config.schedule != "even" else []
+    words += [config.launch] if config.launch != "plain" else []
+    words += [f"m{config.merge_parts}"] if config.merge_parts != 16 else []
     return " ".join([*words, f"p{config.programs}", *([f"b{config.min_blocks}"] if config.min_blocks != 1 else [])])
 
 

@@ -29,7 +29,7 @@ Diagonal = typing.Literal["whole", "half"]
 Tiles = typing.Literal["apart", "overlap"]
 Pack = typing.Literal["rows", "heads"]
 Release = typing.Literal["mbarrier", "named"]
-Schedule = typing.Literal["even", "aligned"]
+Launch = typing.Literal["plain", "dependent"]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loads": typing.get_args(Loads),
     "loops": typing.get_args(Loops),
@@ -42,7 +42,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "tiles": typing.get_args(Tiles),
     "pack": typing.get_args(Pack),
     "release": typing.get_args(Release),
-    "schedule": typing.get_args(Schedule),
+    "launch": typing.get_args(Launch),
 }
 
 
@@ -51,7 +51,7 @@ _AT_REST: dict[str, dict[str, Scalar]] = {
     "triton/forward": {"head_group": 1},
     "gluon/hopper_forward": {"head_group": 1, "tail_heads": 0},
     "triton/backward": {"head_group": 1},
-    "triton/decode": {"schedule": "even", "programs": 1, "min_blocks": 1},
+    "triton/decode": {"programs": 1, "min_blocks": 1},
 }
 Config = typing.TypeVar("Config", bound="KernelConfig")
 
@@ -278,11 +278,11 @@ class TritonDecodeConfig(KernelConfig):
         loads: `pointer` (any GPU, any strides, any pages) or `descriptor` (tensor descriptors: bulk copies on Hopper
             and later, of caches whose pages hold whole tiles).
         head_tiles: as of the forward kernel.
-        schedule: how keys are divided among programs. `even` gives each as many tiles as any other, across sequences
-            and heads; `aligned` cuts the keys of every tile of rows into as many parts as fill the GPU, so that
-            programs with the same keys read them at the same time. Like the next two, it costs no compile.
-        programs: how many programs there are for each multiprocessor.
+        programs: how many programs there are for each multiprocessor; like the next one, it costs no compile.
         min_blocks: key tiles that a part has at least.
+        launch: `dependent` gets ready while what comes before it on the stream ends (programmatic dependent launch, of
+            Hopper and later); `plain` starts after it.
+        merge_parts: how many parts of a tile of rows are read together where they are merged.
         loops: `split` walks key tiles that every row sees in a loop without mask code, `single` masks every tile in one
             loop, which has one pipeline to fill.
     """
@@ -295,9 +295,10 @@ class TritonDecodeConfig(KernelConfig):
     loads: Loads = "pointer"
     head_tiles: int = 1
     loops: Loops = "split"
-    schedule: Schedule = "even"
     programs: int = 2
     min_blocks: int = 1
+    launch: Launch = "plain"
+    merge_parts: int = 16
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:

@@ -45,6 +45,8 @@ def launch_within_limits(config: TritonDecodeConfig, spec: AttentionSpec, target
     for name, count in (("programs", config.programs), ("min_blocks", config.min_blocks)):
         if count < 1:
             return f"{name}={count} is less than 1"
+    if config.merge_parts < 1 or config.merge_parts & (config.merge_parts - 1):
+        return f"merge_parts={config.merge_parts} is not a power of two"
     return None
 
 
@@ -105,6 +107,13 @@ def descriptor_alignment(config: TritonDecodeConfig, spec: AttentionSpec, target
     return alignment_reason(spec, config.block_n) if config.loads == "descriptor" else None
 
 
+def launch_supported(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Only Hopper and later start a kernel while the one before it ends."""
+    if config.launch == "dependent" and not target.has_tma:
+        return f"launch=dependent needs programmatic dependent launch (sm_90 and later), {target.arch} has none"
+    return None
+
+
 def maxnreg_legal(config: TritonDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """A register limit is one that ptxas takes and that leaves room for one program on a multiprocessor."""
     return maxnreg_reason(config.maxnreg, config.num_warps, target)
@@ -159,6 +168,7 @@ DECODE_CONSTRAINTS: dict[str, Constraint] = {
         descriptor_needs_tma,
         descriptor_needs_whole_tiles,
         descriptor_alignment,
+        launch_supported,
         maxnreg_legal,
         shared_memory_fits,
         accumulator_fits_registers,

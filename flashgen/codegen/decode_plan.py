@@ -17,9 +17,8 @@ from flashgen.spec.masks import SlidingWindow
 
 # Sequences whose lengths a warp looks at together.
 _SEQUENCES = 32
-# Registers of a thread for partial sums that are read together, and for the columns that they are added to.
-_LOADED_REGISTERS, _MERGED_REGISTERS = 128, 64
-_MOST_TOGETHER = 8
+# Registers of a thread for what is read at once of a piece of a tile that several programs merge.
+_MERGED_REGISTERS = 64
 _WARP = 32
 # Keys of the call in one step: few, as there are few.
 _NEW_KEYS = 16
@@ -33,11 +32,13 @@ class DecodePlan(KernelPlan):
         qk_tiles: tiles of head_dim_qk.
         v_tiles: tiles of head_dim_v.
         one_loop: every key tile is masked, in one loop.
+        dependent: the kernel waits for what ran before it, and lets what comes after it start early.
     """
 
     qk_tiles: tuple[HeadTile, ...]
     v_tiles: tuple[HeadTile, ...]
     one_loop: bool
+    dependent: bool
 
     @property
     def entries(self) -> tuple[EntryPlan, ...]:
@@ -98,7 +99,8 @@ class DecodePlan(KernelPlan):
             *(f"stride_q{axis}" for axis in "zhm"),
             *strides,
             *(f"stride_o{axis}" for axis in "zhm"),
-            *("qk_scale", "batch", "nheads_q", "nheads_kv", "group", "SEQLEN_Q", "splits", "min_blocks"),
+            *("qk_scale", "batch", *(("nheads_q",) if spec.lse else ()), "nheads_kv", "group", "SEQLEN_Q"),
+            *("splits", "lanes", "waits", "min_blocks"),
             *("cache_seqlens_ptr", "partial_ptr", "arrivals_ptr"),
             *(("softcap",) if spec.softcap else ()),
             *(("alibi_ptr", "step_alibi_z") if spec.alibi else ()),
@@ -121,7 +123,8 @@ class DecodePlan(KernelPlan):
         pages = ("PAGE_SIZE",) if self.spec.page_size else ()
         blocks = [tile.block for tile in (*self.qk_tiles, *self.v_tiles)]
         new = ("BLOCK_NEW",) if self.spec.append else ()
-        numbers = ("BLOCK_M", "BLOCK_N", *new, "BLOCK_Z", "TOGETHER", "SLICES", "NUM_STAGES", *pages)
+        merged = ("MERGED_PARTS", "MERGED_ROWS", "MERGED_COLUMNS")
+        numbers = ("BLOCK_M", "BLOCK_N", *new, "BLOCK_Z", *merged, "NUM_STAGES", *pages)
         return ("HEAD_DIM_QK", "HEAD_DIM_V", *blocks, *numbers)
 
     @property
@@ -141,8 +144,8 @@ class DecodePlan(KernelPlan):
 
     @property
     def value_constants(self) -> tuple[str, ...]:
-        """Compile-time arguments of what works on sums alone."""
-        return ("HEAD_DIM_V", *(tile.block for tile in self.v_tiles), "BLOCK_M", "TOGETHER")
+        """Compile-time arguments of what stores partial outputs."""
+        return ("HEAD_DIM_V", *(tile.block for tile in self.v_tiles), "BLOCK_M")
 
     @property
     def part_arguments(self) -> tuple[str, ...]:
@@ -301,6 +304,7 @@ def make_decode_plan(spec: AttentionSpec, config: TritonDecodeConfig) -> DecodeP
         v_tiles=name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v),
         single_loop=False,
         one_loop=config.loops == "single",
+        dependent=config.launch == "dependent",
         mask=mask,
         score_arguments=mod_arguments(score, SCORE_PREFIX) if score else (),
         score_lines=mod_lines(score, SCORE_PREFIX) if score else (),
@@ -316,16 +320,18 @@ def decode_constants(spec: AttentionSpec, config: TritonDecodeConfig) -> dict[st
     for block, widths in zip(("BLOCK_DQK", "BLOCK_DV"), tile_widths(spec, config.head_tiles), strict=True):
         for suffix, width in zip(("", "_1"), widths, strict=False):
             values[f"{block}{suffix}"] = width
-    columns = sum(tile_widths(spec, config.head_tiles)[1])
-    registers = max(1, config.block_m * columns // (_WARP * config.num_warps))
+    elements = max(1, _MERGED_REGISTERS * _WARP * config.num_warps // config.merge_parts)
+    # A row for each warp: nothing is exchanged between them.
+    columns = min(max(1, elements // config.num_warps), *tile_widths(spec, config.head_tiles)[1])
     return {
         **values,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_NEW": min(config.block_n, _NEW_KEYS),
         "BLOCK_Z": _SEQUENCES,
-        "TOGETHER": max(1, min(_MOST_TOGETHER, _LOADED_REGISTERS // min(registers, _MERGED_REGISTERS))),
-        "SLICES": max(1, registers // _MERGED_REGISTERS),
+        "MERGED_PARTS": config.merge_parts,
+        "MERGED_ROWS": min(config.block_m, elements // columns),
+        "MERGED_COLUMNS": columns,
         "NUM_STAGES": config.num_stages,
         "PAGE_SIZE": spec.page_size,
     }

@@ -16,7 +16,7 @@ from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonBackwardCo
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import InputError
 from flashgen.heuristics import default_configs
-from flashgen.heuristics.decode import follows_lengths, gathering
+from flashgen.heuristics.decode import gathering
 from flashgen.registry import RegistryEntry
 from flashgen.spec import Problem, Shape
 from flashgen.target import GpuTarget
@@ -26,7 +26,6 @@ _SAME_SHARE = 1.0
 
 _AS_DEFAULT = "the default for this problem, as the default for its own won there"
 _OTHER_KIND = "the default for this problem, which is another kernel than the default that was beaten there"
-_EVENLY = "schedule even for aligned, which gives every sequence of a batch as many programs, however long it is"
 _DISPUTED = "the default for this problem, whose kernel won at [{range}], on the other side"
 
 
@@ -56,10 +55,6 @@ def carried(
             won there, and another here, nobody knows which of them wins in between: then it is the default.
     """
     own = Carried(config=entry.config)
-    if isinstance(entry.config, TritonDecodeConfig):
-        evenly = follows_lengths(entry.config, problem.shape)
-        if evenly != entry.config:
-            return Carried(config=evenly, change=_EVENLY)
     if entry.spec == problem.spec.tuning_key() and entry.range.covers(problem.shape):
         return own
     measured, default = _measured(entry), _first_default(problem, target)
@@ -78,8 +73,7 @@ def carried(
 def by_pointers(config: KernelConfig, page_size: int) -> KernelConfig | None:
     """Return what an entry of decoding says where its descriptors cannot read the caches; None of other entries.
 
-    Pages of less than a tile are such, and strides of no whole 16 bytes. How keys are divided is alike; pages that are
-    gathered key by key take the steps that are best for them.
+    Pages of less than a tile are such, whose keys are gathered one by one, and strides of no whole 16 bytes.
     """
     if not isinstance(config, TritonDecodeConfig) or config.loads != "descriptor":
         return None

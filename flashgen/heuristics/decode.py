@@ -16,6 +16,7 @@ _MOST_ROWS = 64  # of one program
 _CHUNK = 64  # queries of a sequence from which on tiles of rows are many: a prefill in chunks
 _WIDE = 256  # columns of V whose sums take the registers of eight warps
 _DEEPEST = 4  # tiles on their way to a program
+_FEW_PARTS, _MANY_PARTS = (4, 16), 32  # of a tile of rows
 _SPARE_BYTES = 4096  # of shared memory, for what no tile takes
 
 
@@ -23,8 +24,7 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
     """Return configs to try in order, the most promising first; some may break a constraint of the target.
 
     The numbers are what won on an H200 at D=128. Few rows leave the matrix units idle: one program with long steps and
-    deep buffers reads as fast as several, and there is less to merge. Of many rows, tiles with the same keys run at
-    the same time.
+    deep buffers reads as fast as several, and there is less to merge.
     """
     spec, shape = problem.spec, problem.shape
     if spec.dtype is DType.FP32:
@@ -34,7 +34,7 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
     keys = 128 if rows < _MOST_ROWS else 64
     chunks = shape.seqlen_q >= _CHUNK and rows >= _MOST_ROWS
     programs = 2 if chunks and spec.head_dim_v < _WIDE else 1
-    num_warps = 8 if rows == 32 or (rows == _MOST_ROWS and spec.head_dim_v >= _WIDE) else 4
+    num_warps = 8 if rows == _MOST_ROWS and spec.head_dim_v >= _WIDE else 4
     first = []
     for block_n in (keys, keys // 2):
         config = TritonDecodeConfig(
@@ -43,12 +43,12 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
             num_warps=num_warps,
             num_stages=_stages(spec, target, block_n, programs),
             programs=programs,
-            schedule="aligned" if rows == _MOST_ROWS and shape.batch == 1 else "even",
-            min_blocks=4 if rows == _MOST_ROWS else 2,
+            launch="dependent" if target.has_tma else "plain",
+            merge_parts=_merge_parts(shape, rows, programs, target),
         )
         first.append(dataclasses.replace(config, head_tiles=2) if _is_cut(spec) else config)
     if spec.page_size % first[0].block_n:
-        first = [gathering(first[0]), *first]
+        first = [gathering(config) for config in first]
     if target.has_tma:
         first = [*(dataclasses.replace(config, loads="descriptor") for config in first), *first]
     return (*first, *safe_configs())
@@ -66,25 +66,18 @@ def rows_of_tile(shape: Shape) -> int:
 
 
 def gathering(config: TritonDecodeConfig) -> TritonDecodeConfig:
-    """Return a config that gathers keys one by one: few rows take shorter steps, and two programs hide their look-ups.
+    """Return a config that gathers keys one by one: more warps of a narrow tile share the work of their addresses.
 
-    On an H200, b=16 of 4096 keys in pages of 16: 72 us, 8% over the same caches in one piece; 23% with long steps.
+    On an H200, b=16 of 4096 keys in pages of 16: 69.1 us against 80.4 with four warps, 65.5 over caches in one piece.
     """
-    if config.block_m >= _MOST_ROWS:
-        return config
-    stages, programs = min(config.num_stages, 3), max(config.programs, 2)
-    return dataclasses.replace(
-        config, block_n=min(config.block_n, 64), num_stages=stages, programs=programs, min_blocks=4
-    )
+    return dataclasses.replace(config, num_warps=8) if config.block_m < _MOST_ROWS else config
 
 
-def follows_lengths(config: TritonDecodeConfig, shape: Shape) -> TritonDecodeConfig:
-    """Return a config of decoding that divides the keys of a batch evenly, for the host knows no lengths.
-
-    What was measured on sequences of one length says nothing of a batch with a long one, which `aligned` leaves to as
-    many programs as it gives each of the short ones.
-    """
-    return dataclasses.replace(config, schedule="even") if shape.batch > 1 else config
+def _merge_parts(shape: Shape, rows: int, programs: int, target: GpuTarget) -> int:
+    """Return how many parts of a tile to merge at once: about as many as equal sequences are cut into."""
+    tiles = shape.batch * shape.nheads_kv * -(-shape.seqlen_q * shape.group // rows)
+    parts = target.num_sms * programs // max(1, tiles)
+    return next((few for few in _FEW_PARTS if parts <= few), _MANY_PARTS)
 
 
 def _stages(spec: AttentionSpec, target: GpuTarget, block_n: int, programs: int) -> int:

@@ -8,7 +8,7 @@ import weakref
 
 import torch
 
-from flashgen.codegen import KernelConfig, KernelPlan, TritonDecodeConfig, constant_values, render
+from flashgen.codegen import KernelConfig, KernelPlan, KernelResources, TritonDecodeConfig, constant_values, render
 from flashgen.codegen.mask_plan import mask_numbers
 from flashgen.compile import CompiledKernel
 from flashgen.errors import ConfigError, InputError
@@ -16,14 +16,17 @@ from flashgen.launch.arguments import entry_arguments
 from flashgen.launch.descriptors import entry_descriptors
 from flashgen.launch.device import detect_target
 from flashgen.launch.forward import capture_sizes, check_sizes, score_factors
-from flashgen.launch.kernel import BoundKernel
+from flashgen.launch.kernel import BoundKernel, LaunchAttributes
 from flashgen.launch.operands import Layout4D, descriptor_refusal
 from flashgen.launch.side_tensors import SideHolder, SideTensors
 from flashgen.launch.tile_counter import arrival_counters
 from flashgen.spec import AttentionSpec, Extras, Problem, Shape
+from flashgen.target import GpuTarget, resident_blocks
 
 # Of a call, besides what `SideTensors` collects.
 _TENSORS = ("q", "k", "v", "out", "lse", "partial", "arrivals")
+# Of the programs that a GPU has room for, so many at least have work where keys suffice: fewer read as fast.
+_BUSY_SHARE = 0.9
 # Of bound calls, by device; gone with the last of them.
 _scratch: weakref.WeakValueDictionary[torch.device, torch.Tensor] = weakref.WeakValueDictionary()
 
@@ -87,40 +90,66 @@ def num_tiles(shape: Shape, config: KernelConfig) -> int:
     return tiles
 
 
-def decode_grid(shape: Shape, config: TritonDecodeConfig, num_splits: int, num_sms: int) -> tuple[int, int]:
-    """Return how many programs are launched, and into how many units each tile of rows is cut; 0: evenly.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeGrid:
+    """How the keys of a call are divided among programs.
 
-    Neither depends on the lengths of the sequences, of which the device alone knows. `shape.seqlen_k` is their upper
-    bound: there are no more programs than key tiles within it.
+    Attributes:
+        programs: how many are launched.
+        splits: into how many units each tile of rows is cut; 0: units are key tiles, and programs have as many each.
+        lanes: programs of a team, which has the same keys of as many tiles of rows.
+    """
+
+    programs: int
+    splits: int
+    lanes: int
+
+
+def decode_grid(shape: Shape, config: TritonDecodeConfig, num_splits: int, num_sms: int) -> DecodeGrid:
+    """Return how many programs are launched, and what each of them does.
+
+    That does not depend on the lengths of the sequences, of which the device alone knows. `shape.seqlen_k` is their
+    upper bound: there are no more programs than key tiles within it.
 
     Args:
         shape: of the call.
         config: a decode config.
-        num_splits: what the caller asks for; 0 leaves it to the config.
+        num_splits: what the caller asks for; 0 divides the keys evenly.
         num_sms: multiprocessors of the GPU.
 
     Raises:
         InputError: if that is more programs than can be launched.
     """
     tiles = num_tiles(shape, config)
-    programs = num_sms * config.programs
-    splits = num_splits
-    if not splits and config.schedule == "aligned":
-        splits = max(1, programs // max(tiles, 1))
     blocks = max(1, -(-shape.seqlen_k // config.block_n))
-    units = tiles * min(splits or blocks, blocks)
-    if not splits:
-        return min(programs, units), 0
-    if units > 2**31 - 1:
-        raise InputError(f"num_splits={num_splits} makes {units} programs of {tiles} tiles: give fewer, or 'auto'")
-    return units, splits
+    if num_splits:
+        units = tiles * min(num_splits, blocks)
+        if units > 2**31 - 1:
+            raise InputError(f"num_splits={num_splits} makes {units} programs of {tiles} tiles: give fewer, or 'auto'")
+        return DecodeGrid(programs=units, splits=num_splits, lanes=1)
+    if not tiles:
+        return DecodeGrid(programs=0, splits=0, lanes=1)
+    programs = min(num_sms * config.programs, tiles * blocks)
+    lanes = _lanes(tiles // shape.batch, programs)
+    teams = min(programs // lanes, shape.batch * (tiles // shape.batch // lanes) * blocks)
+    return DecodeGrid(programs=teams * lanes, splits=0, lanes=lanes)
+
+
+def _lanes(tiles: int, programs: int) -> int:
+    """Return how many of a sequence's tiles of rows are worked on side by side: all, if that leaves few programs idle.
+
+    Programs that read the same keys of neighbouring heads at the same time find them near each other in memory, and
+    those of one head's tiles in the L2 cache.
+    """
+    divisors = (lanes for lanes in range(min(tiles, programs), 0, -1) if tiles % lanes == 0)
+    return next(lanes for lanes in divisors if programs // lanes * lanes >= _BUSY_SHARE * programs)
 
 
 class DecodeLaunch:
     """A compiled decode kernel bound to sizes, strides and numbers; call it with tensors of exactly those.
 
     Nothing is checked in a call: the caller has. Calls in a row on one stream share the counters by which programs
-    learn who is the last; the scratch memory is each call's own.
+    learn of each other; the scratch memory is each call's own.
 
     Attributes:
         partial_size: float32 elements of the scratch memory `partial` that a call takes.
@@ -138,19 +167,22 @@ class DecodeLaunch:
         device: torch.device,
     ) -> None:
         (entry,), (built,) = plan.entries, compiled.entries
-        grid, splits = decode_grid(problem.shape, config, extras.num_splits, detect_target(device).num_sms)
+        target = detect_target(device)
+        grid = decode_grid(problem.shape, config, extras.num_splits, target.num_sms)
+        together = waits_for_each_other(grid, config, built.resources, target)
         self._side = SideTensors(plan)
         self._tiles = num_tiles(problem.shape, config)
         self.partial_size = partial_size(problem, config, grid)
         self._kernel = BoundKernel(
             entry,
             built,
-            grid=grid,
-            values=decode_values(problem, config, operands, extras, splits),
+            grid=grid.programs,
+            values=decode_values(problem, config, operands, extras, grid, waits=together),
             descriptors=entry_descriptors(
                 entry, plan, {"k": operands.k, "v": operands.v}, constant_values(problem.spec, config)
             ),
             slots={name: slot for slot, name in enumerate((*_TENSORS, *self._side.names))},
+            attributes=LaunchAttributes(cooperative=together, dependent=config.launch == "dependent"),
         )
 
     def __call__(
@@ -169,15 +201,29 @@ class DecodeLaunch:
         self._kernel((q, k, v, out, lse, partial, arrivals, *self._side(extras, None)))
 
 
-def partial_size(problem: Problem, config: TritonDecodeConfig, grid: int) -> int:
-    """Return how many float32 a launch of so many programs needs for partial sums: two tiles of rows each."""
-    return max(1, grid * 2 * config.block_m * (problem.spec.head_dim_v + 2))
+def waits_for_each_other(
+    grid: DecodeGrid, config: TritonDecodeConfig, resources: KernelResources, target: GpuTarget
+) -> bool:
+    """Return whether the GPU has room for all programs, which may then wait for each other."""
+    blocks, _ = resident_blocks(target, config.num_warps, resources.registers, resources.smem_bytes)
+    return target.backend == "cuda" and grid.programs <= blocks * target.num_sms
+
+
+def partial_size(problem: Problem, config: TritonDecodeConfig, grid: DecodeGrid) -> int:
+    """Return how many float32 a launch needs for partial outputs: two tiles of rows for each program."""
+    return max(1, grid.programs * 2 * config.block_m * (problem.spec.head_dim_v + 1))
 
 
 def decode_values(
-    problem: Problem, config: TritonDecodeConfig, operands: DecodeOperands, extras: Extras, splits: int
+    problem: Problem,
+    config: TritonDecodeConfig,
+    operands: DecodeOperands,
+    extras: Extras,
+    grid: DecodeGrid,
+    *,
+    waits: bool,
 ) -> dict[str, int | float]:
-    """Return the value of every scalar argument by its name in the kernel."""
+    """Return the value of every scalar argument by its name in the kernel; `waits`: programs do for each other."""
     spec, shape = problem.spec, problem.shape
     values: dict[str, int | float] = {
         **score_factors(spec, extras),
@@ -186,7 +232,9 @@ def decode_values(
         "nheads_kv": shape.nheads_kv,
         "group": shape.group,
         "SEQLEN_Q": shape.seqlen_q,
-        "splits": splits,
+        "splits": grid.splits,
+        "lanes": grid.lanes,
+        "waits": int(waits),
         "min_blocks": config.min_blocks,
         "step_pages": operands.step_pages,
         "step_rotary": operands.step_rotary,
@@ -264,7 +312,7 @@ def decode_arguments(
         num_sms: multiprocessors of the GPU, or what stands for them.
     """
     operands = DecodeOperands.of(tensors, extras)
-    grid, splits = decode_grid(problem.shape, config, extras.num_splits, num_sms)
+    grid = decode_grid(problem.shape, config, extras.num_splits, num_sms)
     side = SideTensors(plan)
     device = tensors["q"].device
     given = {
@@ -278,9 +326,10 @@ def decode_arguments(
     arguments = entry_arguments(
         entry,
         plan,
-        values=decode_values(problem, config, operands, extras, splits),
+        # One program after the other: whoever waited would wait forever.
+        values=decode_values(problem, config, operands, extras, grid, waits=False),
         tensors=given,
         layouts={"k": operands.k, "v": operands.v},
         constants=constant_values(problem.spec, config),
     )
-    return grid, arguments
+    return grid.programs, arguments

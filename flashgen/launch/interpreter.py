@@ -118,6 +118,8 @@ def interpret_decode(
         spec = dataclasses.replace(spec, dtype=DType.FP32, fp8_kv=False, rotary_fp32=False)
         given, extras = {**given, **wide}, dataclasses.replace(extras, **cast)
     problem = dataclasses.replace(problem, spec=spec)
+    # Nothing runs before or after it.
+    config = dataclasses.replace(config, launch="plain")
     rendered = render(spec, config)
     grid, arguments = decode_arguments(rendered.plan, problem, config, extras, given, _INTERPRETED_SMS)
     if grid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import typing
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,32 @@ _Slot = typing.Any
 _Direct = Callable[[_Tensors, "tuple[int, ...] | None"], None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchAttributes:
+    """What a launch asks of CUDA.
+
+    Attributes:
+        cooperative: that all programs run at once, or none.
+        dependent: that it begins while what is before it on the stream ends; see `gdc_wait` in the kernel.
+    """
+
+    cooperative: bool = False
+    dependent: bool = False
+
+    def of(self, handle: typing.Any) -> typing.Any:
+        """Return a loaded kernel that is launched so: itself, or a twin with a launcher of its own."""
+        if self == LaunchAttributes():
+            return handle
+        twin = copy.copy(handle)
+        # Read first: it loads the binary, which the twin shares.
+        run = handle.run
+        twin.module, twin.function = handle.module, handle.function
+        twin._run = copy.copy(run)
+        twin._run.launch_cooperative_grid = self.cooperative
+        twin._run.launch_pdl = self.dependent
+        return twin
+
+
 class BoundKernel:
     """A compiled kernel bound to a grid and numbers; call it with tensors of the sizes and strides bound.
 
@@ -44,6 +71,7 @@ class BoundKernel:
         values: Mapping[str, int | float],
         descriptors: Mapping[str, DescriptorForm],
         slots: Mapping[str, int] | Mapping[str, str],
+        attributes: LaunchAttributes = LaunchAttributes(),
     ) -> None:
         """Bind.
 
@@ -54,8 +82,10 @@ class BoundKernel:
             values: its numbers by name.
             descriptors: its descriptors by name.
             slots: where each tensor is found among those of a call, by the tensor's name.
+            attributes: what launches ask of CUDA.
         """
         self._handle = built.handle
+        self._attributes = attributes
         self._grid = grid
         self._arguments: list[object] = [values.get(name) for name in entry.arguments]
         self._arguments += built.constants
@@ -89,7 +119,7 @@ class BoundKernel:
         device = torch._C._cuda_getDevice()
         first = self._device is None
         if first:
-            self._handle, self._device = loaded_on(self._handle, device), device
+            self._handle, self._device = self._attributes.of(loaded_on(self._handle, device)), device
         arguments = self._arguments.copy()
         for index, slot in self._pointers:
             arguments[index] = tensors[slot]

@@ -31,7 +31,8 @@ from flashgen.measure.pairs import count_visible
 from flashgen.measure.philox import dropout_keep
 from flashgen.measure.race import Race, run_race
 from flashgen.measure.reference import attention_reference
-from flashgen.measure.roofline import Floor, Prediction, floor_us, predict_us, tbps, tflops
+from flashgen.measure.roofline import Floor, Prediction, floor_us, predict_us
+from flashgen.spec.rates import tbps, tflops
 
 __all__ = [
     "API_LENGTHS",

@@ -18,12 +18,11 @@ from flashgen.measure.occupancy import (
     TILE_OVERHEAD_CLOCKS,
     Prediction,
     matrix_rate,
-    resident_blocks,
     step_clocks,
     tile_steps,
 )
 from flashgen.spec import DType, Full, Problem
-from flashgen.target import GpuTarget
+from flashgen.target import GpuTarget, resident_blocks
 
 # Lane operations per score beside its exp2: scale, subtract lse and delta, multiply, two conversions.
 _OPS_PER_SCORE = 7

@@ -16,17 +16,16 @@ from flashgen.measure.occupancy import (
     TILE_OVERHEAD_CLOCKS,
     Prediction,
     matrix_rate,
-    resident_blocks,
     step_clocks,
     tile_steps,
 )
 from flashgen.spec import DType, Problem
-from flashgen.target import GpuTarget
+from flashgen.target import GpuTarget, resident_blocks
 
 # Of a score beside its exp2, and of 16 bytes that a thread copies: as in the model of the forward kernel.
 _OPS_PER_SCORE, _OPS_PER_COPY = 5, 6
-# Arriving at a counter, and finding out who else has a share of the tile.
-_MERGE_CLOCKS = 1500
+# Leaving an output, arriving at a counter, waiting for the others, and reading a piece of what they left.
+_MERGE_CLOCKS = 4000
 # What a stream of reads reaches of the bandwidth of the datasheet.
 _REACHED_BANDWIDTH = 0.9
 
@@ -37,7 +36,7 @@ def predict_decode_us(
     """Rank a compiled decode config; see `predict_us`.
 
     The key tiles of all tiles of rows are divided among programs as the kernel does; the longest share decides, and a
-    tile of rows with several shares is merged by its last one.
+    tile of rows with several shares is merged by all who have one.
     """
     blocks, limiter = resident_blocks(target, config.num_warps, registers, smem_bytes)
     shape = problem.shape
@@ -56,7 +55,8 @@ def predict_decode_us(
     clocks = waves * (share * _step_clocks(problem, target, config, resident, busy_sms) + TILE_OVERHEAD_CLOCKS)
     parts = math.ceil(steps / share)
     if parts > 1:
-        sums = parts * config.block_m * problem.spec.head_dim_v * 4
+        # All of them merge a piece of the tile each.
+        sums = config.block_m * problem.spec.head_dim_v * 4
         clocks += _MERGE_CLOCKS + sums / L2_BYTES_PER_CLOCK
     memory_us = problem.min_bytes() / (_REACHED_BANDWIDTH * target.bandwidth_gbs * 1e3)
     us = max(clocks / CLOCK_HZ * 1e6, memory_us) + LAUNCH_US
@@ -65,14 +65,9 @@ def predict_decode_us(
 
 def _shares(config: TritonDecodeConfig, tiles: int, steps: float, num_sms: int) -> tuple[int, int]:
     """Return how many steps the longest share has, and how many programs have one."""
-    wanted = num_sms * config.programs
-    if config.schedule == "even":
-        total = math.ceil(tiles * steps)
-        share = max(math.ceil(total / wanted), config.min_blocks)
-        return share, math.ceil(total / share)
-    splits = max(1, wanted // tiles)
-    share = max(math.ceil(steps / splits), config.min_blocks)
-    return share, tiles * math.ceil(steps / share)
+    total = math.ceil(tiles * steps)
+    share = max(math.ceil(total / (num_sms * config.programs)), config.min_blocks)
+    return share, math.ceil(total / share)
 
 
 def _step_clocks(

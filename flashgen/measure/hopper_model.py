@@ -17,11 +17,10 @@ from flashgen.measure.occupancy import (
     LOAD_LATENCY_CLOCKS,
     OPS_OF_FEATURE,
     Prediction,
-    resident_blocks,
     tile_steps,
 )
 from flashgen.spec import AttentionSpec, Problem
-from flashgen.target import GpuTarget
+from flashgen.target import GpuTarget, resident_blocks
 
 _WARPS_OF_WARPGROUP = 4
 _SMEM_BYTES_PER_CLOCK = 128

@@ -1,4 +1,4 @@
-"""Rates of a multiprocessor and how many blocks it holds: what the ranking models of all kernels have in common."""
+"""Rates of a multiprocessor: what the ranking models of all kernels have in common."""
 
 from __future__ import annotations
 
@@ -45,22 +45,6 @@ class Prediction:
 def matrix_rate(dtype: DType) -> float:
     """Return the rate of the matrix unit, in that for 16-bit types."""
     return {DType.FP32: 0.5, DType.TF32: 0.5, DType.FP8: 2.0}.get(dtype, 1.0)
-
-
-def resident_blocks(target: GpuTarget, num_warps: int, registers: int, smem_bytes: int) -> tuple[int, str]:
-    """Return how many blocks one multiprocessor holds at a time, and what keeps it from holding more."""
-    # Registers are handed out per warp in units of 256; CUDA keeps 1 KiB of shared memory of each block for itself.
-    warp_registers = math.ceil(max(registers, 1) * target.warp_size / 256) * 256
-    block_smem = smem_bytes + (1024 if target.backend == "cuda" else 0)
-    limits = {
-        "registers": target.registers_per_sm // (warp_registers * num_warps),
-        "shared memory": target.smem_per_sm_bytes // block_smem if block_smem else 32,
-        "threads": target.max_threads_per_sm // (num_warps * target.warp_size),
-    }
-    if smem_bytes > target.smem_bytes:
-        limits["shared memory"] = 0
-    limiter = min(limits, key=limits.__getitem__)
-    return limits[limiter], limiter
 
 
 @functools.lru_cache(maxsize=256)

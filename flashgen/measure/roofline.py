@@ -15,7 +15,7 @@ from flashgen.codegen.config import (
     TritonForwardConfig,
 )
 from flashgen.codegen.head_tiles import head_tiles
-from flashgen.errors import ConfigError, InputError
+from flashgen.errors import ConfigError
 from flashgen.measure.backward_model import predict_backward_us
 from flashgen.measure.decode_model import predict_decode_us
 from flashgen.measure.hopper_model import predict_hopper_us
@@ -29,13 +29,12 @@ from flashgen.measure.occupancy import (
     THREAD_COPY_FACTOR,
     TILE_OVERHEAD_CLOCKS,
     matrix_rate,
-    resident_blocks,
     step_clocks,
     tile_steps,
 )
 from flashgen.measure.occupancy import Prediction as Prediction
 from flashgen.spec import AttentionSpec, DType, Problem
-from flashgen.target import GpuTarget
+from flashgen.target import GpuTarget, resident_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,22 +66,6 @@ def floor_us(problem: Problem, target: GpuTarget) -> Floor:
     compute_us = problem.flops() / (target.tflops_16bit * matrix_rate(problem.spec.dtype) * 1e6)
     memory_us = problem.min_bytes() / (target.bandwidth_gbs * 1e3)
     return Floor(compute_us=compute_us, memory_us=memory_us, bound="compute" if compute_us >= memory_us else "memory")
-
-
-def tflops(problem: Problem, us: float) -> float:
-    """Return the useful TFLOP/s of a call that took `us` microseconds."""
-    return problem.flops() / (_positive(us) * 1e6)
-
-
-def tbps(problem: Problem, us: float) -> float:
-    """Return the TB/s of a call that took `us` microseconds, each input and output counted once."""
-    return problem.min_bytes() / (_positive(us) * 1e6)
-
-
-def _positive(us: float) -> float:
-    if not us > 0:
-        raise InputError(f"a time must be positive, got {us} us")
-    return us
 
 
 _SMEM_BYTES_PER_CLOCK = 128

@@ -12,7 +12,8 @@ import typing
 from flashgen.codegen.config import KernelConfig
 from flashgen.codegen.kernel_resources import KernelResources
 from flashgen.errors import InputError
-from flashgen.spec import AttentionSpec, Shape
+from flashgen.spec import AttentionSpec, Problem, Shape
+from flashgen.spec.rates import tbps
 
 Origin = typing.Literal["measured", "predicted"]
 ORIGINS: tuple[Origin, ...] = typing.get_args(Origin)
@@ -67,6 +68,15 @@ class MeasuredRange:
         """
         sizes: dict[str, int] = {name: getattr(self, name).lo for name in RANGE_AXES}
         return Shape(**sizes)
+
+    def only(self) -> Shape | None:
+        """Return the one shape that the range holds, or None."""
+        if any(lo != hi for lo, hi in self.bounds()):
+            return None
+        try:
+            return self.smallest()
+        except InputError:
+            return None
 
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Return (lo, hi) of each axis, in the order of the fields; what ranges are sorted by."""
@@ -213,6 +223,19 @@ class RegistryEntry:
     def tflops_text(self) -> str:
         """TFLOP/s in words: at most so many where only data can tell how many pairs the mask shows."""
         return f"{'' if self.spec.mask.by_formula else 'at most '}{self.performance.tflops:g}"
+
+    @property
+    def tbps(self) -> float | None:
+        """TB/s of decoding, which bytes bound, at the median; None of other phases, of several sizes and of no time."""
+        shape, us = self.range.only(), self.performance.median_us
+        if self.spec.phase != "decode" or shape is None or not us:
+            return None
+        return float(f"{tbps(Problem(spec=self.spec, shape=shape), us):.{SIGNIFICANT_DIGITS}g}")
+
+    @property
+    def tbps_text(self) -> str:
+        """TB/s in words, or `-`."""
+        return "-" if self.tbps is None else f"{self.tbps:.2f}"
 
     def as_dict(self) -> dict[str, object]:
         """Return the content as plain values, in the order they are written; `codec.entry_from_dict` reads it."""

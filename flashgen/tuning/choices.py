@@ -17,7 +17,7 @@ from flashgen.codegen import (
 from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
-from flashgen.heuristics.decode import follows_lengths, rows_of_tile
+from flashgen.heuristics.decode import rows_of_tile
 from flashgen.search_space import LegalSpace, load_space
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
@@ -70,7 +70,8 @@ def find_choices(
     for template, space in spaces.items():
         # What the shape at hand suggests, before what is good for any.
         suggested = [config for config in guesses if config.template == template]
-        seeds = _in_turns(tuple(dict.fromkeys((*suggested, *space.seeds))), seeds)
+        general = (_merging_as(default, seed) for seed in space.seeds)
+        seeds = _in_turns(tuple(dict.fromkeys((*suggested, *general))), seeds)
     everything = itertools.chain.from_iterable(space.configs for space in reversed(spaces.values()))
     first = dict.fromkeys((*legal[:_MAX_NEIGHBOURS], default, *seeds))
     return Choices(
@@ -115,19 +116,22 @@ def _legal_space(template: str, spec: AttentionSpec, target: GpuTarget) -> Legal
 def _fitting(configs: typing.Iterable[KernelConfig], problem: Problem) -> typing.Iterator[KernelConfig]:
     """Return those of configs that are legal for the spec which can compute the problem's shape, too, and not in vain.
 
-    Rows of a tile that no query fills cost as much as those of queries. Lengths of a batch differ, though those it is
-    tuned on may not: its keys are divided evenly.
+    Rows of a tile that no query fills cost as much as those of queries.
     """
     most = _MOST_SPARE_ROWS * rows_of_tile(problem.shape)
     return (
         config
         for config in configs
         if not shape_refusal(config, problem.shape)
-        and not (
-            isinstance(config, TritonDecodeConfig)
-            and (config.block_m > most or config != follows_lengths(config, problem.shape))
-        )
+        and not (isinstance(config, TritonDecodeConfig) and config.block_m > most)
     )
+
+
+def _merging_as(default: KernelConfig, seed: KernelConfig) -> KernelConfig:
+    """Return a seed that merges as many parts at once as the default, which knows the shape, as a seed does not."""
+    if not isinstance(seed, TritonDecodeConfig) or not isinstance(default, TritonDecodeConfig):
+        return seed
+    return dataclasses.replace(seed, merge_parts=default.merge_parts)
 
 
 def _in_turns(own: tuple[KernelConfig, ...], portable: tuple[KernelConfig, ...]) -> tuple[KernelConfig, ...]:

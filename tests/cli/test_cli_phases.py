@@ -156,9 +156,9 @@ def test_a_config_of_decoding_in_a_few_characters() -> None:
     assert isinstance(plain, TritonDecodeConfig)
     assert short_config(plain) == "16x64 w4 s3 pointer p2"
     other = dataclasses.replace(
-        plain, loads="descriptor", maxnreg=128, head_tiles=2, loops="single", schedule="aligned", min_blocks=4
+        plain, loads="descriptor", maxnreg=128, head_tiles=2, loops="single", launch="dependent", min_blocks=4
     )
-    assert short_config(other) == "16x64 w4 s3 descriptor r128 h2 single aligned p2 b4"
+    assert short_config(other) == "16x64 w4 s3 descriptor r128 h2 single dependent p2 b4"
     assert parse_config(str(other), [parse_problem(DECODE)]) == other
 
 

@@ -83,7 +83,7 @@ def test_a_neighbour_carries_over_where_the_default_is_one_kernel(
     make_entry: MakeEntry, make_registry: MakeRegistry, software: Software
 ) -> None:
     registry = make_registry(entry_of(make_entry, problem()))
-    near = select(problem(sizes="b=64 hq=32 hkv=8 sq=1 sk=100000"), H200, registry=registry, software=software)
+    near = select(problem(sizes="b=2 hq=32 hkv=8 sq=1 sk=100000"), H200, registry=registry, software=software)
     assert (near.config, near.change) == (CONFIG, "")
     # More rows than its tile has.
     asked = problem(sizes="b=1 hq=32 hkv=1 sq=1 sk=4096")
@@ -103,18 +103,6 @@ def test_pages_of_less_than_a_tile_are_read_by_pointers(
     assert "cannot read these caches" in selection.change
     whole = select(problem("page=256"), H200, registry=registry, software=software)
     assert (whole.config, whole.change) == (CONFIG, "")
-
-
-@pytest.mark.parametrize(("batch", "schedule"), [(1, "aligned"), (2, "even"), (64, "even")])
-def test_batches_divide_their_keys_by_their_lengths(
-    make_entry: MakeEntry, make_registry: MakeRegistry, software: Software, batch: int, schedule: str
-) -> None:
-    asked = problem(sizes=f"b={batch} hq=32 hkv=8 sq=1 sk=4096")
-    aligned = dataclasses.replace(CONFIG, schedule="aligned")
-    registry = make_registry(entry_of(make_entry, asked, aligned))
-    selection = select(asked, H200, registry=registry, software=software)
-    assert selection.config == dataclasses.replace(CONFIG, schedule=schedule)
-    assert ("however long it is" in selection.change) is (batch > 1)
 
 
 def test_strides_that_descriptors_do_not_take_are_read_by_pointers(

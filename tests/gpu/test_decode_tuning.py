@@ -49,10 +49,10 @@ def legal(problem: Problem) -> list[KernelConfig]:
 
 
 def tries(problem: Problem) -> list[KernelConfig]:
-    """The default with either schedule and loop, and the last resort."""
+    """The default with either launch and loop, and the last resort."""
     first, *_, last = legal(problem)
     assert isinstance(first, TritonDecodeConfig)
-    other = dataclasses.replace(first, schedule="even" if first.schedule == "aligned" else "aligned", loops="single")
+    other = dataclasses.replace(first, launch="plain" if first.launch == "dependent" else "dependent", loops="single")
     return list(dict.fromkeys((first, other, last)))
 
 

@@ -127,6 +127,55 @@ def test_graph_replays_with_pages_that_change() -> None:
     torch.testing.assert_close(out, flashgen.attention_with_kvcache(q, k, v, cache_seqlens=used, page_table=table))
 
 
+def test_more_programs_than_run_at_once_do_not_wait_for_each_other() -> None:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(8, rows, 16, 64, generator=generator, device="cuda", dtype=torch.float16)
+        for rows in (1, 8192, 8192)
+    )
+    used = torch.arange(1, 9, dtype=torch.int32, device="cuda") * 1024
+    whole = flashgen.attention_with_kvcache(q, k, v, cache_seqlens=used, num_splits=1)
+    for _ in range(3):
+        # 64 parts of each of 128 tiles, where they have so many keys.
+        cut = flashgen.attention_with_kvcache(q, k, v, cache_seqlens=used, num_splits=64)
+        torch.testing.assert_close(cut, whole, atol=2e-3, rtol=2e-3)
+
+
+def test_launches_on_two_streams_at_once() -> None:
+    calls = [given(rows=20_000, seed=seed) for seed in range(2)]
+    used = lengths(20_000, 300, 9000)
+    wanted = [flashgen.attention_with_kvcache(*tensors, cache_seqlens=used) for tensors in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    found: list[list[torch.Tensor]] = [[], []]
+    for _ in range(100):
+        for tensors, stream, outs in zip(calls, streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append(flashgen.attention_with_kvcache(*tensors, cache_seqlens=used))
+    torch.cuda.synchronize()
+    # Programs wait for each other, whoever else runs; parts are merged in one order.
+    assert all(torch.equal(out, want) for outs, want in zip(found, wanted, strict=True) for out in outs)
+
+
+def test_a_launch_that_starts_early_reads_what_came_before_and_is_read_after() -> None:
+    q, k, v = given(rows=2000)
+    used = lengths(2000, 100, 1500)
+    queries = [given(seed=seed)[0] for seed in range(8)]
+    wanted = [flashgen.attention_with_kvcache(each, k, v, cache_seqlens=used) for each in queries]
+    # Writes Q last of all, after some 50 us.
+    slow = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    outs = []
+    for each in queries * 10:
+        zero = (slow @ slow)[:1, :1].float().clamp(0, 0).bfloat16()
+        torch.add(each, zero, out=q)
+        out = flashgen.attention_with_kvcache(q, k, v, cache_seqlens=used)
+        outs.append(out + 0)
+        q.fill_(float("nan"))
+        out.fill_(float("nan"))
+    assert all(torch.equal(out, want) for out, want in zip(outs, wanted * 10, strict=True))
+
+
 def test_graph_capture_after_warmup() -> None:
     q, k, v = given(dim=96)
     flashgen.warmup(["b=3 hq=8 hkv=2 sq=1 sk=512 d=96 full bf16 decode"], layout="bshd")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from flashgen.codegen import TritonDecodeConfig
@@ -56,30 +58,34 @@ def test_a_tile_holds_the_queries_of_a_group(sizes: str, rows: int) -> None:
     assert rows_of_tile(asked.shape) == default(asked).block_m == rows
 
 
-def test_small_pages_take_shorter_steps_and_more_programs() -> None:
+def test_pages_of_less_than_a_tile_are_gathered_by_more_warps() -> None:
     whole, small = (default(problem(f"d=128 page={size}")) for size in (256, 16))
     assert (whole.loads, small.loads) == ("descriptor", "pointer")
-    assert small.block_n < whole.block_n
-    assert small.programs > whole.programs
-    # Many rows are busy with their products.
-    many = "b=1 hq=32 hkv=8 sq=64 sk=4096"
-    assert default(problem("d=128 page=16", many)).block_n == default(problem("d=128 page=64", many)).block_n
+    assert dataclasses.replace(small, loads="descriptor", num_warps=whole.num_warps) == whole
+    assert small.num_warps > whole.num_warps
 
 
-def test_chunks_of_one_sequence_are_aligned_and_batches_are_not() -> None:
-    found = [default(problem("d=128", f"b={batch} hq=32 hkv=8 sq=256 sk=4096")).schedule for batch in (1, 2)]
-    assert found == ["aligned", "even"]
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ("b=1 hq=16 hkv=2 sq=1 sk=2048", 32),
+        ("b=1 hq=32 hkv=8 sq=1 sk=4096", 16),
+        ("b=16 hq=32 hkv=8 sq=1 sk=4096", 4),
+        ("b=1 hq=8 hkv=8 sq=256 sk=131072", 16),
+    ],
+)
+def test_as_many_parts_are_merged_at_once_as_there_are(sizes: str, parts: int) -> None:
+    assert default(problem("d=128", sizes)).merge_parts == parts
+
+
+def test_only_gpus_that_can_start_kernels_early_do() -> None:
+    found = [default(problem("d=128"), named_target(name)).launch for name in ("A100", "H200", "MI300X")]
+    assert found == ["plain", "dependent", "plain"]
 
 
 def test_the_capacity_of_a_cache_changes_nothing() -> None:
     found = {default_configs(problem("d=128", f"b=4 hq=32 hkv=8 sq=1 sk={n}"), H200) for n in (1, 4096, 131072)}
     assert len(found) == 1
-
-
-def test_chunks_of_a_prefill_share_their_keys() -> None:
-    chunk = default(problem("d=128 causal", "b=1 hq=32 hkv=8 sq=256 sk=131072"))
-    assert chunk.schedule == "aligned"
-    assert default(problem("d=128")).schedule == "even"
 
 
 def test_latent_attention_reads_its_rows_once_in_two_tiles() -> None:

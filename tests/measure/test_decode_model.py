@@ -42,7 +42,7 @@ def test_splitting_pays_where_there_are_few_sequences_and_merging_costs() -> Non
     whole = predicted_us(alone, min_blocks=512)
     assert predicted_us(alone) < whole / 4
     short = decode(1, 256)
-    assert predicted_us(short, schedule="aligned", min_blocks=4) < predicted_us(short, schedule="aligned") + 1
+    assert predicted_us(short, min_blocks=4) < predicted_us(short) + 1
 
 
 def test_a_cache_of_half_the_bytes_takes_less() -> None:

@@ -418,7 +418,7 @@ def test_written_file_is_plain_yaml(tmp_path, make_entry) -> None:
 
 
 def test_entries_of_decoding_have_a_file_of_their_own(tmp_path, make_entry) -> None:
-    config = TritonDecodeConfig(block_m=16, block_n=64, num_warps=4, num_stages=3, schedule="aligned", programs=4)
+    config = TritonDecodeConfig(block_m=16, block_n=64, num_warps=4, num_stages=3, launch="dependent", programs=4)
     spec = parse_problem("h=1 sq=1 sk=64 d=576 dv=512 shared_kv fp8_kv decode").spec
     decode = dataclasses.replace(make_entry(4096), spec=spec, config=config, runners_up=())
     paths = write_entries(tmp_path, [make_entry(4096), decode])

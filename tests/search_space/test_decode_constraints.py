@@ -55,6 +55,7 @@ REFUSED = {
     "descriptor_needs_tma": (DESCRIPTOR, spec(), "sm_80", "sm_80 has none"),
     "descriptor_needs_whole_tiles": (DESCRIPTOR, spec("d=128 page=16"), "sm_90", "of 16 keys, not 64"),
     "descriptor_alignment": (config(16, 512, loads="descriptor"), spec("d=64"), "sm_90", "side of 512"),
+    "launch_supported": (dataclasses.replace(config(), launch="dependent"), spec(), "sm_80", "launch=dependent needs"),
     "maxnreg_legal": (config(maxnreg=100), spec(), "sm_90", "maxnreg=100"),
     "shared_memory_fits": (config(block_n=128, num_stages=5), spec(), "sm_90", "262144 bytes"),
     "accumulator_fits_registers": (config(64, head_tiles=2), spec(LATENT), "sm_90", "304 registers a thread of 255"),
@@ -102,6 +103,7 @@ def test_lets_through_what_runs(candidate: TritonDecodeConfig, meaning: Attentio
     [
         (config(block_n=8), "d=128", "sm_90", "block_n=8"),
         (config(programs=0), "d=128", "sm_90", "programs=0 is less than 1"),
+        (dataclasses.replace(config(), merge_parts=12), "d=128", "sm_90", "merge_parts=12 is not a power of two"),
         (config(num_warps=3), "d=128", "sm_90", "num_warps=3"),
         (config(num_stages=0), "d=128", "sm_90", "num_stages=0"),
         (config(head_tiles=3), "d=96", "sm_90", "head_tiles=3"),

@@ -60,7 +60,7 @@ def test_a_fault_in_any_gradient_is_caught(monkeypatch, name, fault):
     assert f" {name}" in rejected.reason
 
 
-DECODE = TritonDecodeConfig(block_m=16, block_n=32, num_warps=4, num_stages=1, loops="single", schedule="aligned")
+DECODE = TritonDecodeConfig(block_m=16, block_n=32, num_warps=4, num_stages=1, loops="single", min_blocks=2)
 
 
 def decoding(words: str):

@@ -5,13 +5,15 @@ Rendered by flashgen from templates/triton/decode.py.jinja.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Names: off_z batch, off_h query head, off_hkv key/value head, offs_m query rows,
 # offs_n keys, offs_d head dimension; m_i row maximum, l_i row sum, acc unnormalised
 # output, alpha rescale of both after a new maximum. Scores are in base 2: qk_scale
 # holds softmax_scale * log2(e), and lse is turned back to natural log at the end.
 # A tile has BLOCK_M rows: query i of head g of the group is row i * group + g. A unit is
-# `step` key tiles of a tile of rows; programs take units in order, over heads and sequences.
+# `step` key tiles of a tile of rows. Teams of `lanes` programs take units in order, over
+# sequences; each program of a team has tiles of its own, and the same keys as the others.
 
 
 @triton.jit
@@ -155,18 +157,17 @@ def store_partial(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
-    """Leave the sums over some keys of a tile of rows for whoever merges them."""
+    """Leave the output of some keys of a tile of rows, and its log-sum-exp, for those that merge."""
     offs_m = tl.arange(0, BLOCK_M)
     rows = slot.to(tl.int64) * BLOCK_M + offs_m
-    stats = partial_ptr + tl.num_programs(0).to(tl.int64) * 2 * BLOCK_M * HEAD_DIM_V
-    tl.store(stats + rows * 2, m_i, mask=is_row)
-    tl.store(stats + rows * 2 + 1, l_i, mask=is_row)
+    lse2_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * 2 * BLOCK_M * HEAD_DIM_V
+    tl.store(lse2_ptr + rows, m_i + tl.math.log2(l_i), mask=is_row)
+    norm = tl.where(l_i == 0.0, 1.0, l_i)
     offs_d = tl.arange(0, BLOCK_DV)
     ptrs = partial_ptr + rows[:, None] * HEAD_DIM_V + offs_d[None, :]
     inside = is_row[:, None] & (offs_d[None, :] < HEAD_DIM_V)
-    tl.store(ptrs, acc, mask=inside)
+    tl.store(ptrs, acc / norm[:, None], mask=inside)
 
 
 @triton.jit
@@ -174,53 +175,58 @@ def merge_partials(
     partial_ptr,
     first_program,
     last_program,
+    lanes,
     first_slot,
-    is_row,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    row,
+    end_row,
+    column,
     HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Sums over all that the programs of a tile left, some columns from FIRST on: always added up in one order."""
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = FIRST + tl.arange(0, WIDTH)
-    stats = partial_ptr + tl.num_programs(0).to(tl.int64) * 2 * BLOCK_M * HEAD_DIM_V
-    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_M, WIDTH], dtype=tl.float32)
-    for start in tl.range(first_program, last_program + 1, TOGETHER, num_stages=1):
-        # No load waits for what comes before it: several are under way.
-        for offset in tl.static_range(TOGETHER):
-            program = start + offset
+    """Output and log-sum-exp over all that the programs of a tile left, some rows and columns: always in one order."""
+    offs_m = row + tl.arange(0, ROWS)
+    offs_d = column + tl.arange(0, COLUMNS)
+    lse2_ptr = partial_ptr + tl.num_programs(0).to(tl.int64) * 2 * BLOCK_M * HEAD_DIM_V
+    m_i = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    l_i = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in tl.range(first_program, last_program + 1, PARTS * lanes, num_stages=1):
+        # No load waits for what another one brings.
+        lse2 = ()
+        parts = ()
+        for i in tl.static_range(PARTS):
+            program = start + i * lanes
             slot = tl.where(program == first_program, first_slot, 2 * program)
             rows = slot.to(tl.int64) * BLOCK_M + offs_m
-            there = tl.where(program <= last_program, is_row, False)
-            m_part = tl.load(
-                stats + rows * 2,
+            there = tl.where(program <= last_program, offs_m < end_row, False)
+            of_rows = tl.load(
+                lse2_ptr + rows,
                 mask=there,
-                other=0.0,
+                other=float("-inf"),
                 cache_modifier=".cg",
             )
-            l_part = tl.load(
-                stats + rows * 2 + 1,
-                mask=there,
-                other=0.0,
-                cache_modifier=".cg",
-            )
+            lse2 = lse2 + (of_rows,)
             ptrs = partial_ptr + rows[:, None] * HEAD_DIM_V + offs_d[None, :]
             inside = there[:, None] & (offs_d[None, :] < HEAD_DIM_V)
             part = tl.load(ptrs, mask=inside, other=0.0, cache_modifier=".cg")
-            m_part = tl.where(there, m_part, float("-inf"))
-            m_new = tl.maximum(m_i, m_part)
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            alpha = tl.math.exp2(m_i - m_safe)
-            beta = tl.math.exp2(m_part - m_safe)
-            l_i = l_i * alpha + l_part * beta
-            acc = acc * alpha[:, None] + part * beta[:, None]
-            m_i = m_new
-    return acc, l_i, m_i
+            parts = parts + (part,)
+        m_new = m_i
+        for i in tl.static_range(PARTS):
+            m_new = tl.maximum(m_new, lse2[i])
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.math.exp2(m_i - m_safe)
+        l_i = l_i * alpha
+        acc = acc * alpha[:, None]
+        for i in tl.static_range(PARTS):
+            beta = tl.math.exp2(lse2[i] - m_safe)
+            l_i += beta
+            acc += parts[i] * beta[:, None]
+        m_i = m_new
+    norm = tl.where(l_i == 0.0, 1.0, l_i)
+    return acc / norm[:, None], m_i + tl.math.log2(l_i)
 
 
 @triton.jit
@@ -413,11 +419,12 @@ def attn_decode(
     stride_om,
     qk_scale,
     batch,
-    nheads_q,
     nheads_kv,
     group,
     SEQLEN_Q,
     splits,
+    lanes,
+    waits,
     min_blocks,
     cache_seqlens_ptr,
     partial_ptr,
@@ -440,13 +447,19 @@ def attn_decode(
     BLOCK_N: tl.constexpr,
     BLOCK_NEW: tl.constexpr,
     BLOCK_Z: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    SLICES: tl.constexpr,
+    MERGED_PARTS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
+    MERGED_COLUMNS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     # Prologue: which units are this program's, and of which sequence the first is.
     num_m = tl.cdiv(SEQLEN_Q * group, BLOCK_M)
     num_tiles = nheads_kv * num_m
+    own_tiles = num_tiles // lanes
+    team = tl.program_id(0) // lanes
+    lane = tl.program_id(0) % lanes
+    # What ran before this kernel has written what is read from here on.
+    gdc_wait()
     total = 0
     for z in range(0, batch, BLOCK_Z):
         units = sequence_parts(
@@ -459,11 +472,11 @@ def attn_decode(
             cache_seqlens_ptr,
             seqlen_new,
         )[4]
-        total += tl.sum(units, 0) * num_tiles
+        total += tl.sum(units, 0) * own_tiles
     share = 1
     if splits == 0:
-        share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), min_blocks)
-    first_unit = tl.program_id(0) * share
+        share = tl.maximum(tl.cdiv(total, tl.num_programs(0) // lanes), min_blocks)
+    first_unit = team * share
     last_unit = tl.minimum(first_unit + share, total)
     off_z = 0
     before = 0
@@ -479,7 +492,7 @@ def attn_decode(
             cache_seqlens_ptr,
             seqlen_new,
         )[4]
-        units = units * num_tiles
+        units = units * own_tiles
         ends = passed + tl.cumsum(units, 0)
         earlier = (ends <= first_unit) & (units > 0)
         off_z += tl.sum(earlier.to(tl.int32), 0)
@@ -499,8 +512,9 @@ def attn_decode(
             cache_seqlens_ptr,
             seqlen_new,
         )
-        tile = (unit - before) // num_parts
-        tile_unit = before + tile * num_parts
+        own_tile = (unit - before) // num_parts
+        tile_unit = before + own_tile * num_parts
+        tile = own_tile * lanes + lane
         part = unit - tile_unit
         parts = tl.minimum(num_parts - part, last_unit - unit)
         off_hkv = tile // num_m
@@ -625,10 +639,10 @@ def attn_decode(
             True,
         )
 
-        # Epilogue: the last of a tile's programs merges what all of them left.
-        out_rows = heads.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_om
-        out_rows += off_b * stride_oz
+        # Epilogue: the programs of a tile merge what they left, a piece of it each.
         if parts == num_parts:
+            out_rows = heads.to(tl.int64) * stride_oh + offs_m.to(tl.int64) * stride_om
+            out_rows += off_b * stride_oz
             write_out(
                 acc,
                 l_i,
@@ -650,41 +664,70 @@ def attn_decode(
                 HEAD_DIM_V,
                 BLOCK_DV,
                 BLOCK_M,
-                TOGETHER,
             )
             tl.debug_barrier()
             arrivals = arrivals_ptr + off_z * num_tiles + tile
-            first_program = tile_unit // share
-            last_program = (tile_unit + num_parts - 1) // share
             arrived = tl.atomic_add(arrivals, 1, sem="acq_rel")
-            if arrived == last_program - first_program:
-                tl.store(arrivals, 0)
-                # A program leaves two sums at most: of its first tile, and of its last one.
-                is_second = first_program * share < tile_unit
+            gdc_launch_dependents()
+            first_team = tile_unit // share
+            last_team = (tile_unit + num_parts - 1) // share
+            others = last_team - first_team
+            # Alone, the last to arrive merges. Where all programs run at once (`waits`), those that
+            # have nothing else to do wait for the others: the last one, too, if it ends here.
+            merges = arrived == others
+            member = 0
+            members = 1
+            if waits != 0:
+                merges = unit + parts == last_unit
+                member = team - first_team
+                last_end = tl.minimum((last_team + 1) * share, total)
+                members = others + (last_end == tile_unit + num_parts).to(tl.int32)
+                if merges:
+                    while arrived < others:
+                        arrived = tl.atomic_add(arrivals, 0, sem="acquire") - 1
+            if merges:
+                # A program leaves two outputs at most: of its first tile, and of its last one.
+                is_second = first_team * share < tile_unit
+                first_program = first_team * lanes + lane
                 first_slot = 2 * first_program + is_second.to(tl.int32)
-                for first in tl.static_range(0, BLOCK_DV, BLOCK_DV // SLICES):
-                    acc_all, l_all, m_all = merge_partials(  # noqa: RUF059
+                end_row = tl.minimum(SEQLEN_Q * group - start_m, BLOCK_M)
+                pieces = tl.cdiv(end_row, MERGED_ROWS) * (BLOCK_DV // MERGED_COLUMNS)
+                for piece in tl.range(member, pieces, members, num_stages=1):
+                    row = piece // (BLOCK_DV // MERGED_COLUMNS) * MERGED_ROWS
+                    column = piece % (BLOCK_DV // MERGED_COLUMNS) * MERGED_COLUMNS
+                    out, lse2 = merge_partials(  # noqa: RUF059
                         partial_ptr,
                         first_program,
-                        last_program,
+                        last_team * lanes + lane,
+                        lanes,
                         first_slot,
-                        is_row,
-                        first,
-                        BLOCK_DV // SLICES,
+                        row,
+                        end_row,
+                        column,
                         HEAD_DIM_V,
-                        BLOCK_DV,
                         BLOCK_M,
-                        TOGETHER,
+                        MERGED_PARTS,
+                        MERGED_ROWS,
+                        MERGED_COLUMNS,
                     )
-                    write_out(
-                        acc_all,
-                        l_all,
-                        out_ptr + first,
-                        out_rows,
-                        is_row,
-                        HEAD_DIM_V - first,
-                        BLOCK_DV // SLICES,
+                    offs_r = row + tl.arange(0, MERGED_ROWS)
+                    offs_d = column + tl.arange(0, MERGED_COLUMNS)
+                    is_merged = offs_r < end_row
+                    m_merged = (start_m + offs_r) // group
+                    h_merged = off_hkv * group + (start_m + offs_r) % group
+                    to_rows = off_b * stride_oz + h_merged.to(tl.int64) * stride_oh
+                    to_rows += m_merged.to(tl.int64) * stride_om
+                    tl.store(
+                        out_ptr + to_rows[:, None] + offs_d[None, :],
+                        out.to(out_ptr.dtype.element_ty),
+                        mask=is_merged[:, None] & (offs_d[None, :] < HEAD_DIM_V),
                     )
+                # The last to leave sets the counter back for the next launch.
+                left = others + members
+                if waits != 0:
+                    left = tl.atomic_add(arrivals, 1, sem="relaxed")
+                if left == others + members:
+                    tl.store(arrivals, 0)
         # Nobody reads in the cache what is written here: new keys are taken from the call.
         if (start_m == 0) & (part == 0):
             for first_new in tl.range(0, seqlen_new, BLOCK_NEW, num_stages=1):
@@ -730,6 +773,6 @@ def attn_decode(
                     BLOCK_DV,
                 )
         unit += parts
-        if unit == before + num_tiles * num_parts:
+        if unit == before + own_tiles * num_parts:
             before = unit
             off_z += 1
