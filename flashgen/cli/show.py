@@ -30,7 +30,10 @@ def show(registry: options.Registry = None, as_json: options.Json = False) -> No
         )
         return
     if entries:
-        print_table(_COLUMNS, map(_row, entries), numeric=("us", "TFLOP/s", "vs baseline"))
+        in_bytes = any(located.entry.spec.phase == "decode" for located in entries)
+        numeric = ("us", "TFLOP/s", *(("TB/s",) if in_bytes else ()), "vs baseline")
+        columns = ("from", "file", "device", "spec", "measured at", "config", *numeric, "origin", "state")
+        print_table(columns, [_row(located, in_bytes) for located in entries], numeric=numeric)
     else:
         searched = ", ".join(f"{location.path} ({location.label})" for location in locations)
         note(f"no entries; searched {searched}; `flashgen tune` makes some")
@@ -38,12 +41,7 @@ def show(registry: options.Registry = None, as_json: options.Json = False) -> No
         note(f"skipped: {issue}")
 
 
-_COLUMNS = (
-    *("from", "file", "device", "spec", "measured at", "config", "us", "TFLOP/s", "vs baseline", "origin", "state"),
-)
-
-
-def _row(located: Located) -> tuple[str, ...]:
+def _row(located: Located, in_bytes: bool) -> tuple[str, ...]:
     entry = located.entry
     performance = entry.performance
     beside = ratio(performance.baseline_us, performance.median_us)
@@ -56,6 +54,7 @@ def _row(located: Located) -> tuple[str, ...]:
         short_config(entry.config),
         f"{performance.median_us:g}",
         entry.tflops_text,
+        *((entry.tbps_text,) if in_bytes else ()),
         f"{beside} {performance.baseline}" if performance.baseline_us else beside,
         entry.origin,
         _state(entry),
@@ -72,8 +71,9 @@ def _state(entry: RegistryEntry) -> str:
 
 
 def _entry_document(located: Located) -> dict[str, object]:
-    place = {"from": located.location.label, "file": str(located.path), "state": _state(located.entry)}
-    return {**place, **located.entry.as_dict()}
+    entry = located.entry
+    place = {"from": located.location.label, "file": str(located.path), "state": _state(entry)}
+    return {**place, "tbps": entry.tbps, **entry.as_dict()}
 
 
 def issue_document(issue: FileIssue) -> dict[str, object]:

@@ -17,9 +17,10 @@ from flashgen.tuning.portfolio import LOSS_LIMIT
 def print_report(report: TuneReport) -> None:
     """Print a line for each problem and each training step, the notes, and where the entries were written."""
     if report.results:
-        numeric = ("us", "TFLOP/s", "s")
-        columns = ("problem", "winner", "us", "TFLOP/s", "origin", "beside", "trials", "s")
-        print_table(columns, [_row(result) for result in report.results], numeric=numeric)
+        in_bytes = any(result.problem.spec.phase == "decode" for result in report.results)
+        rates = ("us", "TFLOP/s", *(("TB/s",) if in_bytes else ()))
+        columns = ("problem", "winner", *rates, "origin", "beside", "trials", "s")
+        print_table(columns, [_row(result, in_bytes) for result in report.results], numeric=(*rates, "s"))
     steps = _training_steps(report)
     if steps:
         rows = [(step.problem, f"{step.us:g}", _beside(step.baselines, step.us)) for step in steps]
@@ -39,11 +40,12 @@ def rejected_by_stage(result: ProblemResult) -> dict[str, int]:
     return dict(collections.Counter(stages))
 
 
-def _row(result: ProblemResult) -> tuple[str, ...]:
+def _row(result: ProblemResult, in_bytes: bool) -> tuple[str, ...]:
     wall = f"{result.wall_s:.0f}"
     entry = result.entry
     if entry is None:
-        return (str(result.problem), "none", "-", "-", "-", "-", trials_text(result), wall)
+        rates = ("-",) * (3 if in_bytes else 2)
+        return (str(result.problem), "none", *rates, "-", "-", trials_text(result), wall)
     performance = entry.performance
     tied = f" (tied with {len(result.tied)})" if result.tied else ""
     return (
@@ -51,6 +53,7 @@ def _row(result: ProblemResult) -> tuple[str, ...]:
         short_config(entry.config) + tied,
         f"{performance.median_us:g}",
         entry.tflops_text,
+        *((entry.tbps_text,) if in_bytes else ()),
         entry.origin,
         _beside(result.baselines, performance.median_us),
         trials_text(result),
@@ -154,6 +157,7 @@ def _result_document(result: ProblemResult) -> dict[str, object]:
     return {
         "problem": str(result.problem),
         "entry": result.entry.as_dict() if result.entry else None,
+        "tbps": result.entry.tbps if result.entry else None,
         "trials": len(result.trials),
         "resumed": sum(trial.resumed for trial in result.trials),
         "legal": result.legal,

@@ -13,7 +13,7 @@ from rich.table import Table
 from flashgen.cli.configs import short_config
 from flashgen.cli.output import console, make_table, note
 from flashgen.cli.tune_report import trials_text
-from flashgen.measure import Timing, tflops
+from flashgen.measure import Timing, tbps, tflops
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning.events import Observer, ProblemResult, SilentObserver, TrialRecord
@@ -119,14 +119,21 @@ class LiveObserver:
         self.live.update(Group(self._table(), self._progress))
 
     def _table(self) -> Table:
-        numeric = ("trial", "us", "TFLOP/s", "registers", "spill bytes", "smem bytes")
+        in_bytes = ("TB/s",) if self._in_bytes else ()
+        numeric = ("trial", "us", "TFLOP/s", *in_bytes, "registers", "spill bytes", "smem bytes")
         return make_table(("config", *numeric), [self._row(us, record) for us, record in self._best], numeric=numeric)
 
     def _row(self, us: float, record: TrialRecord) -> tuple[str, ...]:
         used = record.resources
         resources = (used.registers, used.spills, used.smem_bytes) if used else ("-", "-", "-")
-        rate = f"{tflops(self._problem, us):.1f}" if self._problem and us > 0 else "-"
-        return (short_config(record.config), str(record.number), f"{us:.1f}", rate, *map(str, resources))
+        rates = [f"{tflops(self._problem, us):.1f}" if self._problem and us > 0 else "-"]
+        if self._in_bytes:
+            rates.append(f"{tbps(self._problem, us):.2f}" if self._problem and us > 0 else "-")
+        return (short_config(record.config), str(record.number), f"{us:.1f}", *rates, *map(str, resources))
+
+    @property
+    def _in_bytes(self) -> bool:
+        return self._problem is not None and self._problem.spec.phase == "decode"
 
 
 def _time_left(seconds: float | None) -> str:

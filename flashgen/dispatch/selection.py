@@ -110,6 +110,7 @@ class Selection:
                 f"measured  {self.entry.range}, distance {self.distance:.2f}",
                 f"{'timed' if self.origin == 'measured' else 'predicted':9} {performance.median_us:g} us"
                 f"{_interval(performance)}, {self.entry.tflops_text} TFLOP/s"
+                + (f", {self.entry.tbps_text} TB/s" if self.entry.tbps else "")
                 + _baseline(performance.baseline, performance.baseline_us),
             ]
             if runner_up := self.runner_up:

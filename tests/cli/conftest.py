@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flashgen.cli import app
-from flashgen.codegen import KernelResources, TritonForwardConfig, render
+from flashgen.codegen import KernelResources, TritonDecodeConfig, TritonForwardConfig, render
 from flashgen.registry import (
     Accuracy,
     MeasuredRange,
@@ -25,6 +26,7 @@ from flashgen.spec import parse_problem
 Run = Callable[..., typing.Any]
 
 TUNED = "b=1 hq=2 hkv=1 s=1024 d=64 causal fp16"
+DECODED = "b=16 hq=32 hkv=8 sq=1 sk=4096 d=128 full bf16 decode"
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +78,21 @@ def make_entry(digest: str | None = None) -> RegistryEntry:
 def entry() -> RegistryEntry:
     """An entry that speaks of today's template."""
     return make_entry()
+
+
+@pytest.fixture
+def decode_entry() -> RegistryEntry:
+    """An entry of decoding, whose 268.7 MB took 64 us."""
+    problem = parse_problem(DECODED)
+    config = TritonDecodeConfig(block_m=16, block_n=64, num_warps=4, num_stages=3)
+    entry = make_entry(render(problem.spec, config).digest)
+    return dataclasses.replace(
+        entry,
+        spec=problem.spec,
+        range=MeasuredRange.of(problem.shape),
+        config=config,
+        performance=dataclasses.replace(entry.performance, median_us=64.0, tflops=16.78, baseline_us=80.0),
+    )
 
 
 @pytest.fixture

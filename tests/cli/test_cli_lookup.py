@@ -16,6 +16,7 @@ from flashgen.registry import RegistryEntry, RunnerUp, load, search_locations, w
 from flashgen.spec import parse_problem
 
 TUNED = "b=1 hq=2 hkv=1 s=1024 d=64 causal fp16"
+DECODED = "b=16 hq=32 hkv=8 sq=1 sk=4096 d=128 full bf16 decode"
 
 
 def test_show_lists_an_entry(run: typing.Any, tuned: Path) -> None:
@@ -24,6 +25,19 @@ def test_show_lists_an_entry(run: typing.Any, tuned: Path) -> None:
     row = next(line for line in result.stdout.splitlines() if "NVIDIA H200" in line)
     for cell in ("argument", "nvidia_h200.forward.yaml", "64x32 w4 s2 pointer", "1.25x cudnn", "measured", "current"):
         assert cell in row
+
+
+def test_show_tells_the_bytes_of_decoding(run: typing.Any, tuned: Path, decode_entry: RegistryEntry) -> None:
+    assert "TB/s" not in run("show", "--registry", tuned).stdout
+    write_entries(tuned, [decode_entry])
+    lines = run("show", "--registry", tuned).stdout.splitlines()
+    assert " us TFLOP/s TB/s vs baseline " in " ".join(lines[1].split())
+    (row,) = (line for line in lines if " decode " in line)
+    assert row.split(" 64 ")[-1].split()[:3] == ["16.78", "4.20", "1.25x"]
+    (row,) = (line for line in lines if " forward " in line)
+    assert row.split(" 20 ")[-1].split()[:3] == ["300", "-", "1.25x"]
+    entries = json.loads(run("show", "--registry", tuned, "--json").stdout)["entries"]
+    assert {entry["phase"]: entry["tbps"] for entry in entries} == {"forward": None, "decode": 4.198}
 
 
 def test_show_marks_stale_entries(run: typing.Any, tmp_path: Path, stale_entry: RegistryEntry) -> None:
@@ -66,6 +80,15 @@ def test_explain_tells_the_interval_and_the_runner_up(run: typing.Any, tmp_path:
     (selection,) = json.loads(run(*arguments, "--json").stdout)["selections"]
     assert selection["spread_us"] == 0.2
     assert selection["runner_up"] == {"config": second.config.as_dict(), "median_us": 21.0, "ratio": 1.05}
+
+
+def test_explain_tells_the_bytes_of_decoding(run: typing.Any, tuned: Path, decode_entry: RegistryEntry) -> None:
+    write_entries(tuned, [decode_entry])
+    text = run("explain", "--shape", TUNED, "--shape", DECODED, "--target", "H200", "--registry", tuned).stdout
+    first, second = (line for line in text.splitlines() if line.startswith("timed"))
+    assert first.endswith(", 300 TFLOP/s (cudnn 25 us beside it)")
+    assert second.endswith(", 16.78 TFLOP/s, 4.20 TB/s (cudnn 80 us beside it)")
+    assert text.count("TB/s") == 1
 
 
 def test_explain_without_entries_is_exit_3(run: typing.Any) -> None:

@@ -30,6 +30,7 @@ from flashgen.tuning.events import (
 )
 
 TUNED = "b=1 hq=2 hkv=1 s=1024 d=64 causal fp16"
+DECODED = "b=16 hq=32 hkv=8 sq=1 sk=4096 d=128 full bf16 decode"
 
 
 def trials(entry: RegistryEntry) -> tuple[TrialRecord, ...]:
@@ -113,6 +114,30 @@ def test_done(run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry) -> N
     assert seen["problems"] == (parse_problem(TUNED),)
     assert (seen["budget_s"], seen["effort"], seen["registry"], seen["seed"]) == (300, "check", Path("tuned"), 7)
     assert (seen["target"], seen["device"], seen["study"], seen["workers"]) == (None, None, None, None)
+
+
+def with_decoding(report: TuneReport, entry: RegistryEntry | None) -> TuneReport:
+    decoded = dataclasses.replace(report.results[0], problem=parse_problem(DECODED), entry=entry)
+    return dataclasses.replace(report, results=(*report.results, decoded))
+
+
+def test_bytes_are_told_of_decoding_alone(
+    run: typing.Any, fake_tune: typing.Any, entry: RegistryEntry, decode_entry: RegistryEntry
+) -> None:
+    fake_tune(report_of(entry))
+    assert "TB/s" not in run("tune", "--shape", TUNED).stdout
+    fake_tune(with_decoding(report_of(entry), decode_entry))
+    lines = run("tune", "--shape", TUNED).stdout.splitlines()
+    assert " us TFLOP/s TB/s origin " in " ".join(lines[1].split())
+    (row,) = (line for line in lines if " decode " in line)
+    assert row.split(" 64 ")[-1].split()[:3] == ["16.78", "4.20", "measured"]
+    (row,) = (line for line in lines if "64x32" in line)
+    assert row.split(" 20 ")[-1].split()[:3] == ["300", "-", "measured"]
+    results = json.loads(run("tune", "--shape", TUNED, "--json").stdout)["results"]
+    assert [result["tbps"] for result in results] == [None, 4.198]
+    fake_tune(with_decoding(report_of(entry), None))
+    (row,) = (line for line in run("tune", "--shape", TUNED).stdout.splitlines() if " decode " in line)
+    assert row.split(" none ")[-1].split()[:6] == [*"-----", "4"]
 
 
 def test_progress_off_a_terminal_is_a_line_a_stage(
@@ -202,6 +227,22 @@ def test_live_view_shows_the_best_and_the_time_left(entry: RegistryEntry) -> Non
     text = shown.get()
     for part in ("64x32 w4 s2 pointer", "racing the finalists", "4/40", "about 1:15 left", "[1/1] b=1 hq=2"):
         assert part in text
+    assert "TB/s" not in text
+
+
+def test_live_view_tells_the_bytes_of_decoding(entry: RegistryEntry, decode_entry: RegistryEntry) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    observer = LiveObserver(screen)
+    result = dataclasses.replace(
+        report_of(entry).results[0], problem=parse_problem(DECODED), entry=decode_entry, trials=trials(decode_entry)
+    )
+    with screen.capture() as shown, observer.live:
+        observe(observer, dataclasses.replace(report_of(entry), results=(result,)))
+        observer.live.refresh()
+    text = " ".join(shown.get().split())
+    assert " us TFLOP/s TB/s registers " in text
+    # 268.7 MB in 20 us.
+    assert "13.43" in text
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1h30m", 5400), ("45", 45), ("0.5h", 1800)])

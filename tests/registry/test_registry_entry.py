@@ -13,8 +13,9 @@ from flashgen.codegen import TritonDecodeConfig
 from flashgen.errors import InputError
 from flashgen.registry import Interval, MeasuredRange, RegistryEntry, compare, merge
 from flashgen.registry.codec import entry_from_dict
-from flashgen.spec import AttentionSpec, DType, Shape, parse_mask
+from flashgen.spec import AttentionSpec, DType, Problem, Shape, parse_mask
 from flashgen.spec.mods import parse_mod
+from flashgen.spec.rates import tbps
 
 
 def test_range_covers_its_bounds_and_nothing_beyond() -> None:
@@ -145,3 +146,37 @@ def test_tflops_that_count_every_pair_say_so(make_entry: typing.Callable[..., Re
     assert entry.tflops_text == f"{entry.performance.tflops:g}"
     documents = dataclasses.replace(entry, spec=dataclasses.replace(entry.spec, mask=parse_mask("causal&document")))
     assert documents.tflops_text == f"at most {entry.performance.tflops:g}"
+
+
+def decoding(entry: RegistryEntry, mask: str = "full", **sizes: Interval) -> RegistryEntry:
+    return dataclasses.replace(
+        entry,
+        spec=dataclasses.replace(entry.spec, phase="decode", mask=parse_mask(mask)),
+        range=dataclasses.replace(entry.range, seqlen_q=Interval(lo=1, hi=1), **sizes),
+        config=TritonDecodeConfig(block_m=16, block_n=64, num_warps=4, num_stages=2),
+    )
+
+
+def test_rates_of_decoding_are_in_bytes_too(make_entry: typing.Callable[..., RegistryEntry]) -> None:
+    entry = decoding(make_entry(median_us=20.0))
+    read, written = 2 * 4 * 4096 * 8 * 128 * 2 + 4 * 32 * 128 * 2, 4 * 32 * 128 * 2
+    assert entry.tbps == pytest.approx((read + written) / 20e6, rel=1e-3)
+    assert entry.tbps == pytest.approx(tbps(Problem(spec=entry.spec, shape=entry.range.smallest()), 20.0), rel=1e-3)
+    assert entry.tbps_text == "3.36"
+    # Only the keys inside the window are read.
+    assert decoding(entry, "sliding_window(1023,0)").tbps_text == "0.84"
+    assert "tbps" not in entry.as_dict()["performance"]
+
+
+def test_no_bytes_are_told_of_other_phases_several_sizes_or_no_shape(
+    make_entry: typing.Callable[..., RegistryEntry],
+) -> None:
+    entry = make_entry()
+    for other in (
+        entry,
+        decoding(entry, seqlen_k=Interval(lo=1024, hi=4096)),
+        decoding(entry, nheads_kv=Interval(lo=5, hi=5)),
+        decoding(make_entry(median_us=0.0)),
+    ):
+        assert other.tbps is None
+        assert other.tbps_text == "-"
