@@ -38,6 +38,11 @@ RIGHT = (
     "b=2 hq=2 hkv=1 s=512 d=128 full bias=input fp16 backward",
     "b=3 hq=2 hkv=2 s=500 d=64 causal varlen bf16 backward",
     "b=2 hq=2 hkv=2 s=512 d=64 sliding_window(127,0) softcap deterministic bf16 backward",
+    "b=3 hq=8 hkv=4 sq=2 sk=5000 d=64 causal bf16 decode",
+    "b=2 hq=8 hkv=2 sk=777 d=128 full page=16 lse fp16 decode",
+    "b=2 hq=8 hkv=2 sk=1000 d=128 full append rotary=halves leftpad bf16 decode",
+    "b=2 hq=16 hkv=1 sk=1000 d=576 dv=512 full shared_kv bf16 decode",
+    "b=2 hq=8 hkv=2 sq=2 sk=1000 d=128 causal fp8_kv descale bf16 decode",
 )
 CONFIGS_OF_EACH = 6
 

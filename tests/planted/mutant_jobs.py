@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from backward_mutants import BACKWARD_MUTANTS
+from decode_mutants import DECODE_MUTANTS, WAITING_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
 from hopper_mutants import HOPPER_MUTANTS
 from mutants import Mutant, outcome_of, planted
@@ -15,10 +14,12 @@ from flashgen.measure import Rejected
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning import gpu_jobs
+from flashgen.tuning.variants import confirmed_variant
 
 MUTANTS: dict[str, Mutant] = {
     **{f"forward: {name}": mutant for name, mutant in FORWARD_MUTANTS.items()},
     **{f"backward: {name}": mutant for name, mutant in BACKWARD_MUTANTS.items()},
+    **{f"decode: {name}": mutant for name, mutant in (DECODE_MUTANTS | WAITING_MUTANTS).items()},
     **{f"Hopper: {name}": mutant for name, mutant in HOPPER_MUTANTS.items()},
 }
 
@@ -32,14 +33,9 @@ def compile_mutant(name: str, target: GpuTarget) -> None:
 
 def compile_right(problem: Problem, config: KernelConfig, target: GpuTarget) -> None:
     """Fill Triton's cache with what the checks of a config launch."""
-    spec = problem.spec
-    variants = [spec]
-    if spec.phase == "forward":
-        variants.append(dataclasses.replace(spec, lse=True))
-    elif spec.bias not in ("none", "bool"):
-        variants.append(dataclasses.replace(spec, dbias=True))
-    for variant in variants:
-        compile_kernel(gpu_jobs.render(variant, config), variant, config, target)
+    for spec in (problem.spec, confirmed_variant(problem.spec)):
+        if spec is not None:
+            compile_kernel(gpu_jobs.render(spec, config), spec, config, target)
 
 
 def judge_mutant(name: str) -> Rejected | None:

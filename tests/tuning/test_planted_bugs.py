@@ -7,20 +7,27 @@ from collections.abc import Iterator
 
 import pytest
 from backward_mutants import ATOMIC, BACKWARD_MUTANTS, OWN_DQ
+from decode_mutants import CONFIG as DECODE
+from decode_mutants import DECODE_MUTANTS, TEAMS
 from forward_mutants import CONFIG, FORWARD_MUTANTS
 from interpreted_jobs import without_a_gpu
 from mutants import outcome_of, planted
 
-from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen import KernelConfig, TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig
 from flashgen.spec import parse_problem
 from flashgen.tuning import gpu_jobs
 
-MUTANTS = FORWARD_MUTANTS | {f"gradients: {name}": mutant for name, mutant in BACKWARD_MUTANTS.items()}
+MUTANTS = {
+    **FORWARD_MUTANTS,
+    **{f"gradients: {name}": mutant for name, mutant in BACKWARD_MUTANTS.items()},
+    **{f"decoding: {name}": mutant for name, mutant in DECODE_MUTANTS.items()},
+}
 
 SINGLE = TritonForwardConfig(block_m=32, block_n=16, num_warps=1, num_stages=1, loops="single", head_group=2)
 COPIED = TritonForwardConfig(block_m=16, block_n=32, num_warps=1, num_stages=1, loads="descriptor", head_tiles=2)
 ORDERED = TritonBackwardConfig(block_m1=16, block_n1=32, num_warps=1, num_stages=1, dq="ordered", loops="single")
 COPIED_DQ = TritonBackwardConfig(block_m1=32, block_n1=32, num_warps=1, num_stages=1, dq="atomic", loads="descriptor")
+WIDE = TritonDecodeConfig(block_m=16, block_n=32, num_warps=1, num_stages=1, loops="single", head_tiles=2)
 
 RIGHT: tuple[tuple[KernelConfig, str], ...] = (
     (CONFIG, "hq=2 hkv=1 causal fp16"),
@@ -38,6 +45,9 @@ RIGHT: tuple[tuple[KernelConfig, str], ...] = (
     (ATOMIC, "hq=1 hkv=1 causal bias=input fp16 backward"),
     (ORDERED, "hq=1 hkv=1 prefix_lm(5) alibi deterministic fp32 backward"),
     (COPIED_DQ, "hq=1 hkv=1 causal d=48 fp16 backward"),
+    (DECODE, "hq=1 hkv=1 sq=1 full append rotary=halves leftpad fp16 decode"),
+    (TEAMS, "hq=2 hkv=1 sq=2 causal page=16 lse fp16 decode"),
+    (WIDE, "hq=2 hkv=1 sq=3 sliding_window(9,0) shared_kv d=48 dv=32 fp16 decode"),
 )
 
 # Bugs divide by zero, and right kernels take the logarithm of it.
