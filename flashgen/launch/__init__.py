@@ -1,7 +1,7 @@
 """Running rendered kernels: on a GPU around Triton's JIT, on a CPU through its interpreter."""
 
 from flashgen.launch.backward import BackwardLaunch, bind_backward, layouts_of
-from flashgen.launch.decode import DecodeLaunch, DecodeOperands, bind_decode, num_tiles
+from flashgen.launch.decode import DecodeLaunch, DecodeOperands, bind_decode, num_tiles, poison_scratch
 from flashgen.launch.device import detect_target, software_versions
 from flashgen.launch.forward import (
     ForwardLaunch,
@@ -37,6 +37,7 @@ __all__ = [
     "launch",
     "layouts_of",
     "num_tiles",
+    "poison_scratch",
     "readable",
     "reset_tile_counters",
     "software_versions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 import weakref
 
@@ -290,10 +291,16 @@ def bind_decode(
     return lambda: bound(q, k, v, out, tensors.get("lse"), partial, extras)
 
 
+def poison_scratch() -> None:
+    """Fill the scratch memory of bound calls with NaN: what a launch reads before it has written it shows."""
+    for scratch in _scratch.values():
+        scratch.fill_(math.nan)
+
+
 def _shared_scratch(device: torch.device, size: int) -> torch.Tensor:
     found = _scratch.get(device)
     if found is None or found.numel() < size:
-        found = _scratch[device] = torch.empty(size, dtype=torch.float32, device=device)
+        found = _scratch[device] = torch.full((size,), math.nan, dtype=torch.float32, device=device)
     return found
 
 

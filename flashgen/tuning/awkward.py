@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 
-from flashgen.codegen import HopperForwardConfig, KernelConfig
+from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonDecodeConfig
 from flashgen.measure import awkward_decode_shapes, awkward_shapes
 from flashgen.spec import Problem, Shape
 
 # For each program on a multiprocessor: more than one on each of 132 takes, so that programs go on to a second tile.
 _MANY_TILES = 200
+# More than a warp of a decode kernel looks at together, of half the longest length on average.
+_MANY_SEQUENCES = 40
 
 
 def awkward_for(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
     """Return small shapes that are awkward for the tiles of any of a config's kernels, none of them without keys.
 
-    Programs that take tile after tile get one shape of many tiles, too.
+    Programs that take tile after tile, or several key tiles, get one shape of many, too.
     """
     awkward = awkward_decode_shapes if problem.spec.phase == "decode" else awkward_shapes
     shapes = dict.fromkeys(shape for blocks in config.blocks for shape in awkward(problem, *blocks))
-    many = [_many_tiles(problem, config)] if isinstance(config, HopperForwardConfig) else []
+    many = []
+    if isinstance(config, HopperForwardConfig):
+        many.append(_many_tiles(problem, config))
+    if isinstance(config, TritonDecodeConfig):
+        many.append(_many_keys(problem, config))
     # Nothing is launched without keys.
     return (*(shape for shape in shapes if shape.seqlen_k), *many)
 
@@ -33,5 +39,18 @@ def _many_tiles(problem: Problem, config: HopperForwardConfig) -> Shape:
         seqlen_q=config.block_m + 3,
         seqlen_k=2 * config.block_n + 1,
         nheads_q=heads,
+        nheads_kv=nheads_kv,
+    )
+
+
+def _many_keys(problem: Problem, config: TritonDecodeConfig) -> Shape:
+    nheads_kv = min(problem.shape.nheads_kv, 2)
+    # Several for each program: teams of one head are twice as many as those of two.
+    key_tiles = 4 // nheads_kv * _MANY_TILES * config.programs
+    return Shape(
+        batch=_MANY_SEQUENCES,
+        seqlen_q=1,
+        seqlen_k=math.ceil(key_tiles / _MANY_SEQUENCES) * config.block_n + 1,
+        nheads_q=nheads_kv * problem.shape.group,
         nheads_kv=nheads_kv,
     )

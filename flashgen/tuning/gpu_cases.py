@@ -14,7 +14,7 @@ from flashgen.codegen.constraints import check_config
 from flashgen.compile import compile_kernel
 from flashgen.errors import FlashgenError
 from flashgen.heuristics import default_configs
-from flashgen.launch import bind_forward, detect_target
+from flashgen.launch import bind_forward, detect_target, poison_scratch
 from flashgen.measure import (
     POISON,
     AccuracyReport,
@@ -74,10 +74,11 @@ class Case:
         return bit_sums(self.read)
 
     def poison(self) -> None:
-        """Fill with NaN what kernels are to fill."""
+        """Fill with NaN what kernels are to fill, and what they leave for themselves."""
         assert self._sums_of_read is not None
         for name in self.written:
             self.tensors[name].fill_(POISON)
+        poison_scratch()
         if self.problem.spec.append:
             _spoil_appended(self.calls[0])
 

@@ -185,7 +185,11 @@ def _judged(case: Case) -> AccuracyReport:
     """Return what a launch did: nothing is right that wrote where nothing is its own."""
     stray = case.stray()
     if not stray:
-        return case.judge()
+        report = case.judge()
+        if case.problem.spec.append and not report.ok:
+            # Rows that were written beside those appended to stay in the caches.
+            forget_cases()
+        return report
     # What lies beside it may be damaged as well, and the next config is not to blame.
     forget_cases()
     return AccuracyReport(max_error=math.inf, allowed_error=0.0, ok=False, reason=stray)

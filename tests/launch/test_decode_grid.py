@@ -7,9 +7,11 @@ import types
 import typing
 
 import pytest
+import torch
 
 from flashgen.codegen import KernelResources, TritonDecodeConfig
 from flashgen.errors import InputError
+from flashgen.launch import decode, poison_scratch
 from flashgen.launch.decode import DecodeGrid, decode_grid, waits_for_each_other
 from flashgen.launch.kernel import LaunchAttributes
 from flashgen.spec import Shape, parse_problem
@@ -110,3 +112,13 @@ def test_attributes_are_a_launch_s_own() -> None:
     # The binary is loaded once.
     assert twin.function is handle.function is not None
     assert (handle.run.launch_cooperative_grid, handle.run.launch_pdl) == (False, False)
+
+
+def test_scratch_memory_is_nan_whenever_it_is_poisoned() -> None:
+    cpu = torch.device("cpu")
+    scratch = decode._shared_scratch(cpu, 100)
+    assert scratch.isnan().all()
+    scratch.zero_()
+    assert decode._shared_scratch(cpu, 50) is scratch
+    poison_scratch()
+    assert scratch.isnan().all()

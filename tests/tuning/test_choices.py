@@ -10,6 +10,7 @@ from flashgen.codegen import (
     HopperForwardConfig,
     KernelConfig,
     TritonBackwardConfig,
+    TritonDecodeConfig,
     TritonForwardConfig,
     templates_of,
 )
@@ -17,6 +18,7 @@ from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import NoKernelError
 from flashgen.heuristics import default_configs
 from flashgen.launch import grid_size
+from flashgen.launch.decode import decode_grid
 from flashgen.search_space import load_space
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import known_targets, named_target
@@ -171,6 +173,20 @@ def test_programs_that_take_tile_after_tile_are_checked_beyond_the_first():
             assert sum(count > 132 * config.programs for count in tiles) == 1
             assert max(tiles) < 132 * config.programs * 2
     assert len(awkward_for(CAUSAL, TRITON)) == len(shapes) - 1
+
+
+@pytest.mark.parametrize("programs", [1, 4])
+@pytest.mark.parametrize("words", ["hq=32 hkv=8", "hq=8 hkv=1"])
+def test_programs_that_decode_several_key_tiles_are_checked(words, programs):
+    problem = parse_problem(f"b=1 {words} sq=1 sk=4096 d=128 bf16 decode")
+    config = TritonDecodeConfig(block_m=16, block_n=128, num_warps=4, num_stages=3, programs=programs)
+    shape = awkward_for(problem, config)[-1]
+    grid = decode_grid(shape, config, 0, 132)
+    # Lengths are half of the longest on average.
+    tiles = shape.batch * shape.seqlen_k / config.block_n / 2
+    assert tiles > 2 * grid.programs / grid.lanes
+    # More than are looked at together.
+    assert shape.batch > 32
 
 
 @pytest.mark.parametrize(

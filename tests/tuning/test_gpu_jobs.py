@@ -88,6 +88,9 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plant], None]:
     )
     # A batch of lengths of its own, and more rows than a tile has.
     monkeypatch.setattr(awkward, "awkward_decode_shapes", lambda *args: awkward_decode_shapes(*args)[1:6:4])
+    # Many key tiles, for the few programs of the interpreter.
+    monkeypatch.setattr(awkward, "_MANY_TILES", 2)
+    monkeypatch.setattr(awkward, "_MANY_SEQUENCES", 2)
     set_fault(lambda tensors: None)
     return set_fault
 
@@ -270,7 +273,9 @@ def test_what_is_appended_is_checked_and_nothing_else_may_change(plant):
         rejected = gpu_jobs.check_awkward(appending, DECODE)
         assert isinstance(rejected, Rejected)
         assert "after the call and should be" in rejected.reason
-        gpu_jobs._small_case.cache_clear()
+        # What was written beside the rows is not the next config's.
+        plant(lambda tensors: None)
+        assert gpu_jobs.check_awkward(appending, DECODE) is None
     plant(last_element("k"))
     rejected = gpu_jobs.check_awkward(decode("causal"), DECODE)
     assert isinstance(rejected, Rejected)
