@@ -13,7 +13,7 @@ from flashgen.codegen import (
     config_from_dict,
     templates_of,
 )
-from flashgen.codegen.config import ROWS_OF_CONSUMER
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER
 from flashgen.errors import ConfigError
 from flashgen.spec import Problem
 

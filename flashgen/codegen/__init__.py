@@ -2,9 +2,6 @@
 
 from flashgen.codegen.arguments import argument_kind
 from flashgen.codegen.config import (
-    HopperForwardConfig,
-    KernelConfig,
-    LaunchOptions,
     TritonBackwardConfig,
     TritonDecodeConfig,
     TritonForwardConfig,
@@ -12,6 +9,8 @@ from flashgen.codegen.config import (
     templates_of,
 )
 from flashgen.codegen.entry import EntryPlan
+from flashgen.codegen.hopper_config import HopperForwardConfig
+from flashgen.codegen.kernel_config import KernelConfig, LaunchOptions
 from flashgen.codegen.kernel_plan import KernelPlan
 from flashgen.codegen.kernel_resources import KernelResources
 from flashgen.codegen.plan import constant_values, make_plan

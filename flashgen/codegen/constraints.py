@@ -11,16 +11,12 @@ import dataclasses
 import typing
 
 from flashgen.codegen.backward_constraints import BACKWARD_CONSTRAINTS
-from flashgen.codegen.config import (
-    HopperForwardConfig,
-    KernelConfig,
-    TritonBackwardConfig,
-    TritonDecodeConfig,
-    TritonForwardConfig,
-)
+from flashgen.codegen.config import TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig
 from flashgen.codegen.decode_constraints import DECODE_CONSTRAINTS
 from flashgen.codegen.forward_constraints import FORWARD_CONSTRAINTS
+from flashgen.codegen.hopper_config import HopperForwardConfig
 from flashgen.codegen.hopper_constraints import HOPPER_CONSTRAINTS
+from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec, Phase, Shape
 from flashgen.target import GpuTarget

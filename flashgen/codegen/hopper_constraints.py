@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typing
 
-from flashgen.codegen.config import ROWS_OF_CONSUMER, HopperForwardConfig
 from flashgen.codegen.head_tiles import tile_widths
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperForwardConfig
 from flashgen.codegen.hopper_plan import HEAD_TILES
 from flashgen.codegen.limits import alignment_reason, shared_memory_reason, side_reason
 from flashgen.spec import AttentionSpec, DType

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from flashgen.codegen.config import THREADS_OF_WARPGROUP, Diagonal, OutBuffer, Release
 from flashgen.codegen.head_tiles import HeadTile
+from flashgen.codegen.hopper_config import THREADS_OF_WARPGROUP, Diagonal, OutBuffer, Release
 from flashgen.codegen.kernel_plan import KernelPlan
 
 _THREADS_OF_PRODUCER = 32

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from flashgen.codegen.arguments import side_pointer_types
-from flashgen.codegen.config import ROWS_OF_CONSUMER, Convert, HopperForwardConfig, Queries, Tiles, Turns
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.head_tiles import name_tiles, tile_widths
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, Convert, HopperForwardConfig, Queries, Tiles, Turns
 from flashgen.codegen.hopper_names import HopperNames
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from flashgen.codegen.backward_entries import backward_constants
 from flashgen.codegen.backward_plan import make_backward_plan
-from flashgen.codegen.config import (
-    HopperForwardConfig,
-    KernelConfig,
-    TritonBackwardConfig,
-    TritonDecodeConfig,
-    TritonForwardConfig,
-    templates_of,
-)
+from flashgen.codegen.config import TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig, templates_of
 from flashgen.codegen.decode_plan import decode_constants, make_decode_plan
 from flashgen.codegen.forward_plan import forward_constants, make_forward_plan
+from flashgen.codegen.hopper_config import HopperForwardConfig
 from flashgen.codegen.hopper_plan import hopper_constants, make_hopper_plan
+from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.codegen.kernel_plan import KernelPlan
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec

@@ -11,7 +11,7 @@ import sys
 
 import jinja2
 
-from flashgen.codegen.config import KernelConfig
+from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.codegen.kernel_plan import KernelPlan
 from flashgen.codegen.plan import make_plan
 from flashgen.resources import module_source, resource_dir

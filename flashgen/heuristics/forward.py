@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from flashgen.codegen import KernelConfig, TritonForwardConfig
-from flashgen.codegen.config import Loads
 from flashgen.codegen.head_tiles import tile_widths
+from flashgen.codegen.kernel_config import Loads
 from flashgen.heuristics import hopper_forward
 from flashgen.spec import AttentionSpec, DType, Problem
 from flashgen.target import GpuTarget

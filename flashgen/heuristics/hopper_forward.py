@@ -7,8 +7,8 @@ import itertools
 import math
 
 from flashgen.codegen import HopperForwardConfig
-from flashgen.codegen.config import Queries
 from flashgen.codegen.constraints import check_config, shape_refusal
+from flashgen.codegen.hopper_config import Queries
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.spec.masks import Causal, Full, PrefixLM

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from flashgen.codegen.config import ROWS_OF_CONSUMER, HopperForwardConfig
 from flashgen.codegen.head_tiles import tile_widths
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperForwardConfig
 from flashgen.codegen.hopper_plan import HEAD_TILES
 from flashgen.measure.occupancy import (
     CLOCK_HZ,

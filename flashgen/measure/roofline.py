@@ -7,14 +7,10 @@ import dataclasses
 import math
 import typing
 
-from flashgen.codegen.config import (
-    HopperForwardConfig,
-    KernelConfig,
-    TritonBackwardConfig,
-    TritonDecodeConfig,
-    TritonForwardConfig,
-)
+from flashgen.codegen.config import TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig
 from flashgen.codegen.head_tiles import head_tiles
+from flashgen.codegen.hopper_config import HopperForwardConfig
+from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.errors import ConfigError
 from flashgen.measure.backward_model import predict_backward_us
 from flashgen.measure.decode_model import predict_decode_us

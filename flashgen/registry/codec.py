@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import typing
 
-from flashgen.codegen.config import KernelConfig, config_from_dict
+from flashgen.codegen.config import config_from_dict
+from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.codegen.kernel_resources import KernelResources
 from flashgen.errors import InputError
 from flashgen.registry.entry import (

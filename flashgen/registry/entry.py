@@ -9,7 +9,7 @@ import json
 import math
 import typing
 
-from flashgen.codegen.config import KernelConfig
+from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.codegen.kernel_resources import KernelResources
 from flashgen.errors import InputError
 from flashgen.spec import AttentionSpec, Problem, Shape

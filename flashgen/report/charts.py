@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from flashgen.codegen.config import Scalar
+from flashgen.codegen.kernel_config import Scalar
 from flashgen.report.data import Parameter, ProblemReport, Trial
 from flashgen.report.drawing import (
     BESIDE,

@@ -7,7 +7,7 @@ import itertools
 import typing
 
 from flashgen.codegen import KernelConfig, KernelResources
-from flashgen.codegen.config import Scalar
+from flashgen.codegen.kernel_config import Scalar
 from flashgen.measure import Rejected, Stage, Timing, floor_us, tflops
 from flashgen.registry import Origin, RegistryEntry
 from flashgen.spec import Problem

@@ -6,7 +6,7 @@ import itertools
 import typing
 
 from flashgen.codegen import KernelConfig
-from flashgen.codegen.config import Scalar
+from flashgen.codegen.kernel_config import Scalar
 from flashgen.heuristics import default_configs
 from flashgen.measure import predict_us
 from flashgen.registry import RegistryEntry

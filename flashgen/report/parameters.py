@@ -10,7 +10,7 @@ import warnings
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
 
-from flashgen.codegen.config import Scalar
+from flashgen.codegen.kernel_config import Scalar
 from flashgen.report.data import Importances, Parameter, Trial, ValueSummary
 
 # PED-ANOVA compares the fastest tenth with all: two trials there are the least it takes, five what it asks for.

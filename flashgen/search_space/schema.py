@@ -8,7 +8,7 @@ from pathlib import Path
 import pydantic
 import yaml
 
-from flashgen.codegen.config import Scalar
+from flashgen.codegen.kernel_config import Scalar
 from flashgen.errors import ConfigError
 
 _MAX_BYTES = 256 * 1024

@@ -7,8 +7,9 @@ import itertools
 import typing
 from pathlib import Path
 
-from flashgen.codegen.config import KernelConfig, Scalar, config_from_dict
+from flashgen.codegen.config import config_from_dict
 from flashgen.codegen.constraints import constraints_of
+from flashgen.codegen.kernel_config import KernelConfig, Scalar
 from flashgen.errors import ConfigError
 from flashgen.resources import resource_dir
 from flashgen.search_space.schema import SpaceFile, TargetOverride, read_space_file

@@ -10,7 +10,8 @@ import typing
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from flashgen.codegen.config import KernelConfig, Scalar, config_from_dict
+from flashgen.codegen.config import config_from_dict
+from flashgen.codegen.kernel_config import KernelConfig, Scalar
 from flashgen.errors import ConfigError
 
 Values = tuple[Scalar, ...]

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from flashgen.codegen.config import KernelConfig
+from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.errors import ConfigError, FlashgenError
 from flashgen.tuning.config_space import ABSENT, TEMPLATE, ConfigSpace, Values, are_words
 from flashgen.tuning.spread import boxes_of, spread_keys

@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from flashgen.codegen import KernelConfig, make_plan, render
-from flashgen.codegen.config import Scalar
+from flashgen.codegen.kernel_config import Scalar
 from flashgen.errors import FlashgenError
 from flashgen.spec import Problem
 from flashgen.target import GpuTarget

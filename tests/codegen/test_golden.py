@@ -23,7 +23,8 @@ from flashgen.codegen import (
     TritonForwardConfig,
     render,
 )
-from flashgen.codegen.config import Loads, Loops, QueryGradient
+from flashgen.codegen.config import QueryGradient
+from flashgen.codegen.kernel_config import Loads, Loops
 from flashgen.spec import AttentionSpec, DType, parse_mask
 from flashgen.spec.mods import parse_mod
 

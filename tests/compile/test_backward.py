@@ -8,7 +8,8 @@ import re
 import pytest
 
 from flashgen.codegen import TritonBackwardConfig, constant_values, render
-from flashgen.codegen.config import Loads, QueryGradient
+from flashgen.codegen.config import QueryGradient
+from flashgen.codegen.kernel_config import Loads
 from flashgen.compile import CompiledEntry, CompiledKernel, compile_job, compile_kernel
 from flashgen.spec import parse_problem
 from flashgen.target import named_target

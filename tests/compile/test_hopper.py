@@ -9,8 +9,8 @@ import pytest
 import triton
 
 from flashgen.codegen import HopperForwardConfig, render
-from flashgen.codegen.config import Release
 from flashgen.codegen.constraints import check_config
+from flashgen.codegen.hopper_config import Release
 from flashgen.codegen.hopper_constraints import shared_memory_lower_bound
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.primitives import hopper

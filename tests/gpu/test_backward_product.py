@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from flashgen.codegen import TritonBackwardConfig, render
-from flashgen.codegen.config import Loads, QueryGradient
+from flashgen.codegen.config import QueryGradient
 from flashgen.codegen.constraints import check_config
+from flashgen.codegen.kernel_config import Loads
 from flashgen.compile import compile_kernel
 from flashgen.launch import bind_backward, detect_target
 from flashgen.spec import parse_problem

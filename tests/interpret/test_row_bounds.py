@@ -11,7 +11,7 @@ import torch
 
 from flashgen.codegen import RenderedKernel, TritonBackwardConfig, render
 from flashgen.codegen.backward_plan import BackwardPlan
-from flashgen.codegen.config import Loads, Loops
+from flashgen.codegen.kernel_config import Loads, Loops
 from flashgen.codegen.mask_plan import mask_numbers, plan_mask
 from flashgen.compile import load_kernel
 from flashgen.launch import interpret_backward

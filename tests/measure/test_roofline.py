@@ -9,14 +9,10 @@ import typing
 import pytest
 
 from flashgen.codegen import config_from_dict
-from flashgen.codegen.config import (
-    HopperForwardConfig,
-    KernelConfig,
-    Loads,
-    TritonBackwardConfig,
-    TritonForwardConfig,
-)
+from flashgen.codegen.config import TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.hopper_config import HopperForwardConfig
 from flashgen.codegen.hopper_constraints import shared_memory_lower_bound
+from flashgen.codegen.kernel_config import KernelConfig, Loads
 from flashgen.errors import ConfigError, InputError
 from flashgen.measure import floor_us, predict_us, tbps, tflops
 from flashgen.spec import parse_problem

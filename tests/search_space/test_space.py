@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flashgen.codegen.config import HopperForwardConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import TritonBackwardConfig, TritonForwardConfig
 from flashgen.codegen.constraints import check_config
+from flashgen.codegen.hopper_config import HopperForwardConfig
 from flashgen.errors import ConfigError
 from flashgen.resources import resource_dir
 from flashgen.search_space import load_space

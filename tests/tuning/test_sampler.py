@@ -13,7 +13,9 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from flashgen.codegen.config import HopperForwardConfig, KernelConfig, TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.config import TritonBackwardConfig, TritonForwardConfig
+from flashgen.codegen.hopper_config import HopperForwardConfig
+from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.errors import ConfigError
 from flashgen.tuning.config_space import ConfigSpace, suggest_config
 from flashgen.tuning.sampler import SpaceExhausted, UntriedNeighbourSampler
