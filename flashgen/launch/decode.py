@@ -9,25 +9,23 @@ import weakref
 
 import torch
 
-from flashgen.codegen import KernelConfig, KernelPlan, KernelResources, TritonDecodeConfig, constant_values, render
+from flashgen.codegen import KernelConfig, KernelPlan, TritonDecodeConfig, constant_values, render
 from flashgen.codegen.mask_plan import mask_numbers
 from flashgen.compile import CompiledKernel
-from flashgen.errors import ConfigError, InputError
+from flashgen.errors import ConfigError
 from flashgen.launch.arguments import entry_arguments
+from flashgen.launch.decode_grid import DecodeGrid, decode_grid, num_tiles, waits_for_each_other
 from flashgen.launch.descriptors import entry_descriptors
 from flashgen.launch.device import detect_target
-from flashgen.launch.forward import capture_sizes, check_sizes, score_factors
+from flashgen.launch.forward import capture_sizes, score_factors
 from flashgen.launch.kernel import BoundKernel, LaunchAttributes
 from flashgen.launch.operands import Layout4D, descriptor_refusal
 from flashgen.launch.side_tensors import SideHolder, SideTensors
 from flashgen.launch.tile_counter import arrival_counters
-from flashgen.spec import AttentionSpec, Extras, Problem, Shape
-from flashgen.target import GpuTarget, resident_blocks
+from flashgen.spec import AttentionSpec, Extras, Problem
 
 # Of a call, besides what `SideTensors` collects.
 _TENSORS = ("q", "k", "v", "out", "lse", "partial", "arrivals")
-# Of the programs that a GPU has room for, so many at least have work where keys suffice: fewer read as fast.
-_BUSY_SHARE = 0.9
 # Of bound calls, by device; gone with the last of them.
 _scratch: weakref.WeakValueDictionary[torch.device, torch.Tensor] = weakref.WeakValueDictionary()
 
@@ -74,76 +72,6 @@ class DecodeOperands:
             return None
         itemsize = spec.kv_dtype.itemsize
         return descriptor_refusal({"k": self.k, "v": self.v}, {"k": itemsize, "v": itemsize})
-
-
-def num_tiles(shape: Shape, config: KernelConfig) -> int:
-    """Return the number of tiles of rows of all sequences and heads.
-
-    Raises:
-        ConfigError: if the config is not one of a decode kernel.
-        InputError: if there are more than 32-bit integers count.
-    """
-    if config.phase != "decode":
-        raise ConfigError(f"template {config.template!r} has no decode kernel")
-    ((block_m, _),) = config.blocks
-    tiles = -(-shape.seqlen_q * shape.group // block_m) * shape.batch * shape.nheads_kv
-    check_sizes(shape, tiles, block_m)
-    return tiles
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeGrid:
-    """How the keys of a call are divided among programs.
-
-    Attributes:
-        programs: how many are launched.
-        splits: into how many units each tile of rows is cut; 0: units are key tiles, and programs have as many each.
-        lanes: programs of a team, which has the same keys of as many tiles of rows.
-    """
-
-    programs: int
-    splits: int
-    lanes: int
-
-
-def decode_grid(shape: Shape, config: TritonDecodeConfig, num_splits: int, num_sms: int) -> DecodeGrid:
-    """Return how many programs are launched, and what each of them does.
-
-    That does not depend on the lengths of the sequences, of which the device alone knows. `shape.seqlen_k` is their
-    upper bound: there are no more programs than key tiles within it.
-
-    Args:
-        shape: of the call.
-        config: a decode config.
-        num_splits: what the caller asks for; 0 divides the keys evenly.
-        num_sms: multiprocessors of the GPU.
-
-    Raises:
-        InputError: if that is more programs than can be launched.
-    """
-    tiles = num_tiles(shape, config)
-    blocks = max(1, -(-shape.seqlen_k // config.block_n))
-    if num_splits:
-        units = tiles * min(num_splits, blocks)
-        if units > 2**31 - 1:
-            raise InputError(f"num_splits={num_splits} makes {units} programs of {tiles} tiles: give fewer, or 'auto'")
-        return DecodeGrid(programs=units, splits=num_splits, lanes=1)
-    if not tiles:
-        return DecodeGrid(programs=0, splits=0, lanes=1)
-    programs = min(num_sms * config.programs, tiles * blocks)
-    lanes = _lanes(tiles // shape.batch, programs)
-    teams = min(programs // lanes, shape.batch * (tiles // shape.batch // lanes) * blocks)
-    return DecodeGrid(programs=teams * lanes, splits=0, lanes=lanes)
-
-
-def _lanes(tiles: int, programs: int) -> int:
-    """Return how many of a sequence's tiles of rows are worked on side by side: all, if that leaves few programs idle.
-
-    Programs that read the same keys of neighbouring heads at the same time find them near each other in memory, and
-    those of one head's tiles in the L2 cache.
-    """
-    divisors = (lanes for lanes in range(min(tiles, programs), 0, -1) if tiles % lanes == 0)
-    return next(lanes for lanes in divisors if programs // lanes * lanes >= _BUSY_SHARE * programs)
 
 
 class DecodeLaunch:
@@ -200,14 +128,6 @@ class DecodeLaunch:
         device = torch._C._cuda_getDevice()
         arrivals = arrival_counters(device, torch._C._cuda_getCurrentRawStream(device), self._tiles)
         self._kernel((q, k, v, out, lse, partial, arrivals, *self._side(extras, None)))
-
-
-def waits_for_each_other(
-    grid: DecodeGrid, config: TritonDecodeConfig, resources: KernelResources, target: GpuTarget
-) -> bool:
-    """Return whether the GPU has room for all programs, which may then wait for each other."""
-    blocks, _ = resident_blocks(target, config.num_warps, resources.registers, resources.smem_bytes)
-    return target.backend == "cuda" and grid.programs <= blocks * target.num_sms
 
 
 def partial_size(problem: Problem, config: TritonDecodeConfig, grid: DecodeGrid) -> int:

@@ -12,7 +12,7 @@ import torch
 from flashgen.codegen import KernelResources, TritonDecodeConfig
 from flashgen.errors import InputError
 from flashgen.launch import decode, poison_scratch
-from flashgen.launch.decode import DecodeGrid, decode_grid, waits_for_each_other
+from flashgen.launch.decode_grid import DecodeGrid, decode_grid, waits_for_each_other
 from flashgen.launch.kernel import LaunchAttributes
 from flashgen.spec import Shape, parse_problem
 from flashgen.target import named_target

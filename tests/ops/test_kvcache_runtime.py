@@ -10,7 +10,7 @@ import torch
 import flashgen
 from flashgen.codegen import TritonDecodeConfig
 from flashgen.launch import interpret_decode
-from flashgen.launch.decode import num_tiles
+from flashgen.launch.decode_grid import num_tiles
 from flashgen.ops import decode_op, decode_runtime, kvcache_calls
 from flashgen.ops.decode_call import DecodeTensors
 from flashgen.ops.decode_request import DecodeRequest, decode_arguments

@@ -18,7 +18,7 @@ from flashgen.codegen.constraints import check_config, shape_refusal
 from flashgen.errors import NoKernelError
 from flashgen.heuristics import default_configs
 from flashgen.launch import grid_size
-from flashgen.launch.decode import decode_grid
+from flashgen.launch.decode_grid import decode_grid
 from flashgen.search_space import load_space
 from flashgen.spec import Problem, parse_problem
 from flashgen.target import known_targets, named_target
