@@ -1,4 +1,4 @@
-"""Counters in device memory: by which programs take tile after tile, or learn who of them is the last."""
+"""Counters in device memory: by which programs take tile after tile, or learn of each other."""
 
 from __future__ import annotations
 

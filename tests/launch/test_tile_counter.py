@@ -1,4 +1,4 @@
-"""Counters by which programs learn who is the last: one memory for each stream, memory of their own for graphs."""
+"""Counters by which programs learn of each other: one memory for each stream, memory of their own for graphs."""
 
 from __future__ import annotations
 
