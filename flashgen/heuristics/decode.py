@@ -31,10 +31,11 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
         # IEEE products run on the plain cores: small tiles of many warps keep the operands in registers.
         return (_config(16, 32, 8, 1), *safe_configs())
     rows = rows_of_tile(shape)
-    keys = 128 if rows < _MOST_ROWS else 64
     chunks = shape.seqlen_q >= _CHUNK and rows >= _MOST_ROWS
     programs = 2 if chunks and spec.head_dim_v < _WIDE else 1
     num_warps = 8 if rows == _MOST_ROWS and spec.head_dim_v >= _WIDE else 4
+    # A wide head's tile of 128 keys leaves no room for another beside it.
+    keys = 128 if rows < _MOST_ROWS and _stages(spec, target, 128, programs) > 1 else 64
     first = []
     for block_n in (keys, keys // 2):
         config = TritonDecodeConfig(

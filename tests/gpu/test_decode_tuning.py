@@ -52,7 +52,10 @@ def tries(problem: Problem) -> list[KernelConfig]:
     """The default with either launch and loop, and the last resort."""
     first, *_, last = legal(problem)
     assert isinstance(first, TritonDecodeConfig)
-    other = dataclasses.replace(first, launch="plain" if first.launch == "dependent" else "dependent", loops="single")
+    launch = "plain" if first.launch == "dependent" else "dependent"
+    # One loop takes more shared memory of a stage.
+    stages = max(1, first.num_stages - 1)
+    other = dataclasses.replace(first, launch=launch, loops="single", num_stages=stages)
     return list(dict.fromkeys((first, other, last)))
 
 
