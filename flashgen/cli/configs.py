@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flashgen.codegen import (
+    HopperDecodeConfig,
     HopperForwardConfig,
     KernelConfig,
     TritonBackwardConfig,
@@ -13,7 +14,7 @@ from flashgen.codegen import (
     config_from_dict,
     templates_of,
 )
-from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperConfig
 from flashgen.errors import ConfigError
 from flashgen.spec import Problem
 
@@ -53,9 +54,10 @@ def short_config(config: KernelConfig) -> str:
 
     `128x64 w8 s2 descriptor r168 g4 h2 single`, or of a backward one `64x128 w8 s2 dq 128x64 w8 s2 pointer`, where the
     tiles of dQ's own kernel follow those of dK and dV, and `dq atomic` or `dq ordered` stands for none; of decoding
-    `16x64 w4 s3 pointer r128 h2 single aligned p2 b4`, with the programs of a multiprocessor and the least key tiles of
-    a part; or of one for Hopper `hopper 2x64 n128 s2 registers alternate late rescale8 out-half half overlap named
-    g4+32`: consumers and their rows, keys, stages, then what is not as usual, and the heads of a group and of the last.
+    `16x64 w4 s3 pointer r128 h2 single dependent m32 p2 b4`, with the parts that are merged at once, the programs of a
+    multiprocessor and the least key tiles of a part; or of one for Hopper `hopper 2x64 n128 s2 registers alternate late
+    rescale8 out-half half overlap named g4+32`: consumers and their rows, keys, stages, then what is not as usual, and
+    the heads of a group and of the last, or of decoding `b4` as above.
     """
     match config:
         case TritonForwardConfig():
@@ -67,7 +69,7 @@ def short_config(config: KernelConfig) -> str:
             return _short_triton(config, tile + (own if config.dq == "kernel" else [config.dq]), [])
         case TritonDecodeConfig():
             return _short_decode(config)
-        case HopperForwardConfig():
+        case HopperForwardConfig() | HopperDecodeConfig():
             return _short_hopper(config)
     return str(config)
 
@@ -90,22 +92,27 @@ def _short_decode(config: TritonDecodeConfig) -> str:
     return " ".join([*words, f"p{config.programs}", *([f"b{config.min_blocks}"] if config.min_blocks != 1 else [])])
 
 
-def _short_hopper(config: HopperForwardConfig) -> str:
+def _short_hopper(config: HopperConfig) -> str:
     words = ["hopper", f"{config.consumers}x{ROWS_OF_CONSUMER}", f"n{config.block_n}", f"s{config.num_stages}"]
-    unusual = (
+    unusual = [
         (config.pack, config.pack != "rows"),
         (f"p{config.programs}", config.programs != 1),
         (config.queries, config.queries != "shared"),
         (config.turns, config.turns != "free"),
         (config.convert, config.convert != "early"),
         (f"rescale{config.rescale}", config.rescale > 0),
-        (f"out-{config.out_buffer}", config.out_buffer != "own"),
-        (config.diagonal, config.diagonal != "whole"),
-        (config.tiles, config.tiles != "apart"),
-        (config.loops, config.loops != "split"),
-        (config.release, config.release != "mbarrier"),
-    )
+    ]
+    if isinstance(config, HopperForwardConfig):
+        unusual += [
+            (f"out-{config.out_buffer}", config.out_buffer != "own"),
+            (config.diagonal, config.diagonal != "whole"),
+            (config.tiles, config.tiles != "apart"),
+        ]
+    unusual += [(config.loops, config.loops != "split"), (config.release, config.release != "mbarrier")]
     words += [word for word, is_unusual in unusual if is_unusual]
-    tail = f"+{config.tail_heads}" if config.tail_heads else ""
-    words += [f"g{config.head_group}{tail}"] if config.head_group != 1 or tail else []
+    if isinstance(config, HopperDecodeConfig):
+        words += [f"b{config.min_blocks}"] if config.min_blocks != 1 else []
+    if isinstance(config, HopperForwardConfig):
+        tail = f"+{config.tail_heads}" if config.tail_heads else ""
+        words += [f"g{config.head_group}{tail}"] if config.head_group != 1 or tail else []
     return " ".join(words)

@@ -2,6 +2,7 @@
 
 from flashgen.codegen.arguments import argument_kind
 from flashgen.codegen.config import (
+    DecodeConfig,
     TritonBackwardConfig,
     TritonDecodeConfig,
     TritonForwardConfig,
@@ -9,7 +10,7 @@ from flashgen.codegen.config import (
     templates_of,
 )
 from flashgen.codegen.entry import EntryPlan
-from flashgen.codegen.hopper_config import HopperForwardConfig
+from flashgen.codegen.hopper_config import HopperDecodeConfig, HopperForwardConfig
 from flashgen.codegen.kernel_config import KernelConfig, LaunchOptions
 from flashgen.codegen.kernel_plan import KernelPlan
 from flashgen.codegen.kernel_resources import KernelResources
@@ -18,7 +19,9 @@ from flashgen.codegen.render import RenderedKernel, code_digest, is_current, ren
 from flashgen.codegen.signature import capture_pointers
 
 __all__ = [
+    "DecodeConfig",
     "EntryPlan",
+    "HopperDecodeConfig",
     "HopperForwardConfig",
     "KernelConfig",
     "KernelPlan",

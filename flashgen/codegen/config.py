@@ -7,7 +7,7 @@ import functools
 import typing
 
 from flashgen.codegen import hopper_config
-from flashgen.codegen.hopper_config import HopperForwardConfig
+from flashgen.codegen.hopper_config import HopperDecodeConfig, HopperForwardConfig
 from flashgen.codegen.kernel_config import KernelConfig, LaunchOptions, Loads, Loops, Scalar
 from flashgen.errors import ConfigError
 from flashgen.spec import Phase
@@ -146,9 +146,13 @@ class TritonDecodeConfig(KernelConfig):
         return ((self.block_m, self.block_n),)
 
 
+DecodeConfig = TritonDecodeConfig | HopperDecodeConfig
 _CONFIG_TYPES: dict[str, type[KernelConfig]] = {
     config_type.template: config_type
-    for config_type in (TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig, TritonDecodeConfig)
+    for config_type in (
+        *(TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig),
+        *(TritonDecodeConfig, HopperDecodeConfig),
+    )
 }
 
 

@@ -14,8 +14,9 @@ from flashgen.codegen.backward_constraints import BACKWARD_CONSTRAINTS
 from flashgen.codegen.config import TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig
 from flashgen.codegen.decode_constraints import DECODE_CONSTRAINTS
 from flashgen.codegen.forward_constraints import FORWARD_CONSTRAINTS
-from flashgen.codegen.hopper_config import HopperForwardConfig
+from flashgen.codegen.hopper_config import HopperDecodeConfig, HopperForwardConfig
 from flashgen.codegen.hopper_constraints import HOPPER_CONSTRAINTS
+from flashgen.codegen.hopper_decode_constraints import HOPPER_DECODE_CONSTRAINTS
 from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.errors import ConfigError
 from flashgen.spec import AttentionSpec, Phase, Shape
@@ -55,6 +56,7 @@ AnyTable = (
     | ConstraintTable[HopperForwardConfig]
     | ConstraintTable[TritonBackwardConfig]
     | ConstraintTable[TritonDecodeConfig]
+    | ConstraintTable[HopperDecodeConfig]
 )
 
 _TABLES: dict[str, AnyTable] = {
@@ -69,6 +71,9 @@ _TABLES: dict[str, AnyTable] = {
     ),
     TritonDecodeConfig.template: ConstraintTable(
         config_type=TritonDecodeConfig, phase="decode", predicates=DECODE_CONSTRAINTS
+    ),
+    HopperDecodeConfig.template: ConstraintTable(
+        config_type=HopperDecodeConfig, phase="decode", predicates=HOPPER_DECODE_CONSTRAINTS
     ),
 }
 

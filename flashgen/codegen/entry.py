@@ -15,7 +15,7 @@ class EntryPlan:
         constants: compile-time arguments, after them.
         pointer_types: element types behind pointers whose elements are not those of Q, in Triton's words.
         boxes: the tile that each tensor descriptor moves: the constants that say its rows and its columns.
-        ragged: descriptors end packed sequences at their own last row, which takes one more dimension.
+        ragged: the descriptors that end a sequence at its own last row, which takes one more dimension.
     """
 
     name: str
@@ -23,10 +23,10 @@ class EntryPlan:
     constants: tuple[str, ...]
     pointer_types: tuple[tuple[str, str], ...]
     boxes: tuple[tuple[str, tuple[str, str]], ...] = ()
-    ragged: bool = False
+    ragged: frozenset[str] = frozenset()
 
     def box(self, descriptor: str, constants: dict[str, int]) -> tuple[int, ...]:
         """Return the tile that a descriptor moves, over [batch, heads, seqlen, head_dim] or its ragged likeness."""
         rows, columns = dict(self.boxes)[descriptor]
-        outer = (1, 1, 1) if self.ragged else (1, 1)
+        outer = (1, 1, 1) if descriptor in self.ragged else (1, 1)
         return (*outer, constants[rows], constants[columns])

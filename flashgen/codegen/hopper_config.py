@@ -1,4 +1,4 @@
-"""How a forward kernel of the Hopper family is built."""
+"""How a kernel of the Hopper family is built."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import typing
 
 from flashgen.codegen.kernel_config import KernelConfig, LaunchOptions, Loops, Scalar
+from flashgen.spec import Phase
 
 ROWS_OF_CONSUMER = 64
 """Query rows of one warpgroup: what its matrix instructions compute at once."""
@@ -21,16 +22,63 @@ Convert = typing.Literal["early", "late", "held"]
 OutBuffer = typing.Literal["own", "half", "queries"]
 Diagonal = typing.Literal["whole", "half"]
 Tiles = typing.Literal["apart", "overlap"]
+Walk = Tiles | typing.Literal["parts"]
 Pack = typing.Literal["rows", "heads"]
 Release = typing.Literal["mbarrier", "named"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
-class HopperForwardConfig(KernelConfig):
-    """Numbers of `templates/gluon/hopper_forward.py.jinja`, whose programs stay and take tile after tile.
+class HopperConfig(KernelConfig):
+    """What the configs of this family have in common: warps with roles, which share out a program's registers.
 
     One warp, the producer, copies Q, K and V; warpgroups of 4 warps, the consumers, compute 64 query rows each.
     num_warps is 4, the warps of one consumer; num_stages counts the tiles of K, and those of V, in flight.
+    """
+
+    # Fields of each config, which is sorted by their order there.
+    consumers: int
+    block_n: int
+    pack: Pack
+    programs: int
+    queries: Queries
+    turns: Turns
+    convert: Convert
+    rescale: int
+    loops: Loops
+    release: Release
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of one program's tile, in each of its heads."""
+        return ROWS_OF_CONSUMER * self.consumers // self.heads_of_tile
+
+    @property
+    def heads_of_tile(self) -> int:
+        return self.consumers if self.pack == "heads" else 1
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        return ((self.block_m, self.block_n),)
+
+    def launch_options(self, entry_point: str) -> LaunchOptions:
+        # The registers that every thread starts with; consumers then take what the producer gives up.
+        return LaunchOptions(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self._registers_at_start)
+
+    @property
+    def _registers_at_start(self) -> int:
+        # The producer, one warp, takes a warpgroup's share.
+        threads = self.programs * (self.consumers + 1) * THREADS_OF_WARPGROUP
+        return min(_REGISTERS_OF_HOPPER // threads // 8 * 8, _MAX_CONSUMER_REGISTERS)
+
+    @property
+    def role_registers(self) -> tuple[int, int]:
+        """Registers of a thread of a consumer, and of the producer."""
+        shared = self._registers_at_start * (self.consumers + 1) - _PRODUCER_REGISTERS
+        return min(shared // self.consumers // 8 * 8, _MAX_CONSUMER_REGISTERS), _PRODUCER_REGISTERS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class HopperForwardConfig(HopperConfig):
+    """Numbers of `templates/gluon/hopper_forward.py.jinja`, whose programs stay and take tile after tile.
 
     Attributes:
         consumers: warpgroups that compute: 64 query rows each, on the same keys.
@@ -78,31 +126,29 @@ class HopperForwardConfig(KernelConfig):
     head_group: int = 1
     tail_heads: int = 0
 
-    @property
-    def block_m(self) -> int:
-        """Query rows of one program's tile, in each of its heads."""
-        return ROWS_OF_CONSUMER * self.consumers // self.heads_of_tile
 
-    @property
-    def heads_of_tile(self) -> int:
-        return self.consumers if self.pack == "heads" else 1
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class HopperDecodeConfig(HopperConfig):
+    """Numbers of `templates/gluon/hopper_decode.py.jinja`, for many queries of a sequence: a prefill in chunks.
 
-    @property
-    def blocks(self) -> tuple[tuple[int, int], ...]:
-        return ((self.block_m, self.block_n),)
+    Attributes:
+        min_blocks: key tiles that a part has at least, a run-time number that costs no compile.
 
-    def launch_options(self, entry_point: str) -> LaunchOptions:
-        # The registers that every thread starts with; consumers then take what the producer gives up.
-        return LaunchOptions(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self._registers_at_start)
+    The others are those of the forward kernel.
+    """
 
-    @property
-    def _registers_at_start(self) -> int:
-        # The producer, one warp, takes a warpgroup's share.
-        threads = self.programs * (self.consumers + 1) * THREADS_OF_WARPGROUP
-        return min(_REGISTERS_OF_HOPPER // threads // 8 * 8, _MAX_CONSUMER_REGISTERS)
+    template: typing.ClassVar[str] = "gluon/hopper_decode"
+    phase: typing.ClassVar[Phase] = "decode"
+    at_rest: typing.ClassVar[typing.Mapping[str, Scalar]] = {"min_blocks": 1}
 
-    @property
-    def role_registers(self) -> tuple[int, int]:
-        """Registers of a thread of a consumer, and of the producer."""
-        shared = self._registers_at_start * (self.consumers + 1) - _PRODUCER_REGISTERS
-        return min(shared // self.consumers // 8 * 8, _MAX_CONSUMER_REGISTERS), _PRODUCER_REGISTERS
+    consumers: int
+    block_n: int
+    pack: Pack = "rows"
+    programs: int = 1
+    queries: Queries = "shared"
+    turns: Turns = "free"
+    convert: Convert = "early"
+    rescale: int = 0
+    loops: Loops = "split"
+    release: Release = "mbarrier"
+    min_blocks: int = 1

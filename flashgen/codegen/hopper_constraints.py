@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 
 from flashgen.codegen.head_tiles import tile_widths
-from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperForwardConfig
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperConfig, HopperForwardConfig
 from flashgen.codegen.hopper_plan import HEAD_TILES
 from flashgen.codegen.limits import alignment_reason, shared_memory_reason, side_reason
 from flashgen.spec import AttentionSpec, DType
@@ -32,14 +32,14 @@ _LEAST_OTHER_BYTES = 400
 _RESERVED_BYTES = 1024  # of each program, by CUDA
 
 
-def runs_on_hopper(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def runs_on_hopper(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """The kernel is written for the warpgroup products and bulk copies of sm_90, which no other GPU has."""
     if not target.has_wgmma:
         return f"the kernel is written for sm_90, {target.device_name} is {target.arch}"
     return None
 
 
-def elements_of_16_bits(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def elements_of_16_bits(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """Q, K and V are of 16 bits an element."""
     if spec.dtype not in (DType.FP16, DType.BF16):
         return f"the kernel has products of fp16 and bf16, not of {spec.dtype}"
@@ -52,13 +52,13 @@ def features_known(config: HopperForwardConfig, spec: AttentionSpec, target: Gpu
     return f"the kernel does not know {', '.join(missing)}" if missing else None
 
 
-def head_dims_fit_product(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def head_dims_fit_product(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """One product has 256 columns at most."""
     widest = max(spec.head_dim_qk, spec.head_dim_v)
     return f"a head dimension of {widest} is more than {_MAX_HEAD_DIM}" if widest > _MAX_HEAD_DIM else None
 
 
-def roles_within_limits(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def roles_within_limits(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """A consumer is a warpgroup, there are one to three of them, and registers are shared out by role."""
     if config.num_warps != _WARPS_OF_WARPGROUP:
         return f"num_warps={config.num_warps} is not {_WARPS_OF_WARPGROUP}, the warps of one consumer"
@@ -71,19 +71,22 @@ def roles_within_limits(config: HopperForwardConfig, spec: AttentionSpec, target
     return None
 
 
-def numbers_within_limits(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
-    """Rings hold two to four tiles, groups one head or more, and rescaling waits for a growth of at most 2**8."""
+def numbers_within_limits(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Rings hold two to four tiles, and rescaling waits for a growth of at most 2**8."""
     least, most = _STAGES
     if not least <= config.num_stages <= most:
         return f"num_stages={config.num_stages} is not from {least} to {most}"
-    if config.head_group < 1:
-        return f"head_group={config.head_group} is less than 1"
     if config.rescale > _MAX_RESCALE:
         return f"rescale={config.rescale} is more than {_MAX_RESCALE}"
     return None
 
 
-def block_power_of_two(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def groups_have_heads(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+    """Groups of heads whose tiles go out together have one head or more."""
+    return f"head_group={config.head_group} is less than 1" if config.head_group < 1 else None
+
+
+def block_power_of_two(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """Key tiles have a power of two of keys, as many as one product has columns."""
     least, most = _KEYS
     if config.block_n > most:
@@ -98,7 +101,7 @@ def table_rows_power_of_two(config: HopperForwardConfig, spec: AttentionSpec, ta
     return None
 
 
-def heads_share_keys(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def heads_share_keys(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """Heads that are packed into one tile walk the same keys, which a table that differs by head does not give."""
     if config.pack == "rows":
         return None
@@ -109,7 +112,7 @@ def heads_share_keys(config: HopperForwardConfig, spec: AttentionSpec, target: G
     return None
 
 
-def turns_need_others(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def turns_need_others(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """One consumer has nobody to take turns with."""
     if config.turns == "alternate" and config.consumers < 2:
         return f"turns=alternate needs 2 consumers or more, got {config.consumers}"
@@ -130,7 +133,7 @@ def half_diagonal_exists(config: HopperForwardConfig, spec: AttentionSpec, targe
     return None
 
 
-def single_loop_matters(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def single_loop_matters(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """One loop instead of several is another kernel only where some tile of keys needs a mask."""
     if config.loops == "single" and isinstance(spec.mask, Full):
         return f"loops=single is the same kernel as split under the mask {spec.mask}"
@@ -150,13 +153,13 @@ def out_buffer_fits(config: HopperForwardConfig, spec: AttentionSpec, target: Gp
     return None
 
 
-def descriptor_alignment(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def descriptor_alignment(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """A bulk copy moves rows of a multiple of 16 bytes in boxes of at most 256 a side."""
     widest = max(max(widths) for widths in tile_widths(spec, HEAD_TILES))
     return alignment_reason(spec, max(config.block_n, ROWS_OF_CONSUMER, widest), "a bulk copy")
 
 
-def product_fits_registers(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def product_fits_registers(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """The sums of one product fit the registers that a thread starts with, which is what the assembler goes by."""
     if not _has_roles(config):
         return None
@@ -173,7 +176,7 @@ def product_fits_registers(config: HopperForwardConfig, spec: AttentionSpec, tar
     return None
 
 
-def shared_memory_fits(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def shared_memory_fits(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """Q, the rings of K and V and the output's buffer fit one program, and all programs one multiprocessor."""
     needed = shared_memory_lower_bound(config, spec)
     if config.programs > 1:
@@ -186,16 +189,18 @@ def shared_memory_fits(config: HopperForwardConfig, spec: AttentionSpec, target:
     return shared_memory_reason(needed, target)
 
 
-def shared_memory_lower_bound(config: HopperForwardConfig, spec: AttentionSpec) -> int:
+def shared_memory_lower_bound(config: HopperConfig, spec: AttentionSpec) -> int:
     """Return the fewest bytes of shared memory that one program takes."""
     width_qk, width_v = map(sum, tile_widths(spec, HEAD_TILES))
-    width_out = {"own": width_v, "half": width_v // 2, "queries": 0}[config.out_buffer]
+    # Of decoding, outputs are written from registers.
+    out_buffer = config.out_buffer if isinstance(config, HopperForwardConfig) else "none"
+    width_out = {"own": width_v, "half": width_v // 2}.get(out_buffer, 0)
     rows = ROWS_OF_CONSUMER * config.consumers
     columns = rows * (width_qk + width_out) + config.num_stages * config.block_n * (width_qk + width_v)
     return columns * spec.dtype.itemsize + _LEAST_OTHER_BYTES
 
 
-def accumulators_fit_registers(config: HopperForwardConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
+def accumulators_fit_registers(config: HopperConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
     """Sums, scores, probabilities and Q, where it is there, fit the registers of a consumer's threads."""
     if not _has_roles(config):
         return None
@@ -212,7 +217,7 @@ def accumulators_fit_registers(config: HopperForwardConfig, spec: AttentionSpec,
     return None
 
 
-def _has_roles(config: HopperForwardConfig) -> bool:
+def _has_roles(config: HopperConfig) -> bool:
     """Return whether the numbers that registers are shared out by are in their limits."""
     return 1 <= config.consumers <= _MAX_CONSUMERS and config.programs >= 1
 
@@ -226,6 +231,7 @@ HOPPER_CONSTRAINTS: dict[str, Constraint] = {
         head_dims_fit_product,
         roles_within_limits,
         numbers_within_limits,
+        groups_have_heads,
         block_power_of_two,
         table_rows_power_of_two,
         heads_share_keys,

@@ -32,10 +32,13 @@ class HopperNames(KernelPlan):
     v_tiles: tuple[HeadTile, ...]
     arguments: tuple[str, ...]
 
-    @property
-    def box(self) -> str:
-        """The sides of a descriptor's tile before its rows."""
-        return "1, 1, 1, " if self.spec.varlen else "1, 1, "
+    def is_ragged(self, name: str) -> bool:
+        """Whether a descriptor, or the one of a tensor, ends sequences at their own last row."""
+        return self.spec.varlen
+
+    def box(self, name: str) -> str:
+        """The sides of the tile of a tensor's descriptor before its rows."""
+        return "1, 1, 1, " if self.is_ragged(name) else "1, 1, "
 
     @property
     def block_m(self) -> str:
@@ -73,6 +76,11 @@ class HopperNames(KernelPlan):
     def numbers(self) -> int:
         """How many numbers say whether there is a tile, and where."""
         return 1 + len(self.position.split(", "))
+
+    @property
+    def handed(self) -> int:
+        """How many numbers the buffer holds in which they are handed out: a power of two."""
+        return 1 << (self.numbers - 1).bit_length()
 
     @property
     def received(self) -> tuple[tuple[int, str], ...]:
@@ -198,6 +206,11 @@ class HopperNames(KernelPlan):
     def threads_of_release(self) -> int:
         """How many threads a named barrier of a buffer counts: the consumers' and the producer's."""
         return THREADS_OF_WARPGROUP * self.consumers + _THREADS_OF_PRODUCER
+
+    @property
+    def out_buffers(self) -> tuple[str, ...]:
+        """What a consumer takes to copy its output."""
+        return tuple(f"out{tile.suffix}_{what}" for tile in self.v_tiles for what in ("smem", "desc"))
 
     @property
     def accumulators(self) -> str:

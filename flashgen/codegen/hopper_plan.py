@@ -7,7 +7,7 @@ import dataclasses
 from flashgen.codegen.arguments import side_pointer_types
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.head_tiles import name_tiles, tile_widths
-from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, Convert, HopperForwardConfig, Queries, Tiles, Turns
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, Convert, HopperForwardConfig, Queries, Turns, Walk
 from flashgen.codegen.hopper_names import HopperNames
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
@@ -25,6 +25,7 @@ class HopperForwardPlan(HopperNames):
 
     Attributes:
         rescales_rarely: an output is rescaled only when a maximum has grown enough.
+        tiles: as the config says, or `parts` of tiles where programs share the keys of one.
         one_loop: key tiles that need the mask are walked in the same loop as the others.
     """
 
@@ -32,7 +33,7 @@ class HopperForwardPlan(HopperNames):
     turns: Turns
     convert: Convert
     rescales_rarely: bool
-    tiles: Tiles
+    tiles: Walk
     one_loop: bool
 
     @property
@@ -45,6 +46,7 @@ class HopperForwardPlan(HopperNames):
             (f"{x}{tile.suffix}_desc", (rows[x], f"{columns.get(x, '')}{tile.block}"))
             for x, many in tiles.items()
             for tile in many
+            if f"{x}{tile.suffix}_desc" in self.arguments
         )
         return (
             EntryPlan(
@@ -53,7 +55,7 @@ class HopperForwardPlan(HopperNames):
                 constants=self.constants,
                 pointer_types=self.pointer_types,
                 boxes=boxes,
-                ragged=self.spec.varlen,
+                ragged=frozenset(name for name, _ in boxes if self.is_ragged(name)),
             ),
         )
 
@@ -122,6 +124,16 @@ class HopperForwardPlan(HopperNames):
         names |= {"widen"} if self.diagonal == "half" else set()
         names |= {"turn_end", "turn_wait"} if self.turns == "alternate" else set()
         return tuple(sorted(names | ({"RAGGED"} if self.spec.varlen else set())))
+
+    @property
+    def copies_out(self) -> bool:
+        """Whether the output leaves by bulk copies, through shared memory."""
+        return True
+
+    @property
+    def decode_primitives(self) -> tuple[str, ...]:
+        """What the source imports from `flashgen.primitives.hopper_decode`."""
+        return ()
 
     @property
     def own_keys(self) -> bool:

@@ -10,7 +10,8 @@ from flashgen.codegen.backward_plan import make_backward_plan
 from flashgen.codegen.config import TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig, templates_of
 from flashgen.codegen.decode_plan import decode_constants, make_decode_plan
 from flashgen.codegen.forward_plan import forward_constants, make_forward_plan
-from flashgen.codegen.hopper_config import HopperForwardConfig
+from flashgen.codegen.hopper_config import HopperDecodeConfig, HopperForwardConfig
+from flashgen.codegen.hopper_decode_plan import hopper_decode_constants, make_hopper_decode_plan
 from flashgen.codegen.hopper_plan import hopper_constants, make_hopper_plan
 from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.codegen.kernel_plan import KernelPlan
@@ -33,6 +34,8 @@ def make_plan(spec: AttentionSpec, config: KernelConfig) -> KernelPlan:
             return make_backward_plan(spec, config)
         case "decode", TritonDecodeConfig():
             return make_decode_plan(spec, config)
+        case "decode", HopperDecodeConfig():
+            return make_hopper_decode_plan(spec, config)
     raise ConfigError(_wrong_phase(spec, config))
 
 
@@ -51,6 +54,8 @@ def constant_values(spec: AttentionSpec, config: KernelConfig) -> dict[str, int]
             return backward_constants(spec, config)
         case "decode", TritonDecodeConfig():
             return decode_constants(spec, config)
+        case "decode", HopperDecodeConfig():
+            return hopper_decode_constants(spec, config)
     raise ConfigError(_wrong_phase(spec, config))
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from flashgen.codegen import KernelConfig, TritonDecodeConfig
+from flashgen.codegen import HopperDecodeConfig, KernelConfig, TritonDecodeConfig
+from flashgen.codegen.constraints import check_config
 from flashgen.codegen.head_tiles import next_power_of_two, tile_widths
 from flashgen.spec import AttentionSpec, DType, Problem, Shape
 from flashgen.target import GpuTarget
@@ -52,7 +53,15 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
         first = [gathering(config) for config in first]
     if target.has_tma:
         first = [*(dataclasses.replace(config, loads="descriptor") for config in first), *first]
-    return (*first, *safe_configs())
+    return (*(_of_chunks(problem, target) if chunks else ()), *first, *safe_configs())
+
+
+def _of_chunks(problem: Problem, target: GpuTarget) -> list[HopperDecodeConfig]:
+    """Return what the kernel for Hopper can compute of a prefill in chunks: the deepest buffers that fit, Q beside."""
+    base = HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=3, queries="registers", release="named")
+    usual = [base, dataclasses.replace(base, num_stages=2), dataclasses.replace(base, num_stages=2, queries="shared")]
+    narrow = dataclasses.replace(base, block_n=64, num_stages=2, queries="shared", convert="late", rescale=8)
+    return [config for config in (*usual, narrow) if not check_config(config, problem.spec, target)]
 
 
 def safe_configs() -> tuple[KernelConfig, ...]:

@@ -15,7 +15,7 @@ from flashgen.launch.interpreter import fill_unseen, interpret_backward, interpr
 from flashgen.launch.kernel import launch
 from flashgen.launch.operands import Operands, readable
 from flashgen.launch.side_tensors import SideTensors
-from flashgen.launch.tile_counter import reset_tile_counters
+from flashgen.launch.tile_counter import counters_astray, reset_tile_counters
 
 __all__ = [
     "BackwardLaunch",
@@ -28,6 +28,7 @@ __all__ = [
     "bind_backward",
     "bind_decode",
     "bind_forward",
+    "counters_astray",
     "detect_target",
     "fill_unseen",
     "forward_table",

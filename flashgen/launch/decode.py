@@ -9,17 +9,29 @@ import weakref
 
 import torch
 
-from flashgen.codegen import KernelConfig, KernelPlan, TritonDecodeConfig, constant_values, render
+from flashgen.codegen import (
+    DecodeConfig,
+    HopperDecodeConfig,
+    KernelConfig,
+    KernelPlan,
+    TritonDecodeConfig,
+    constant_values,
+    render,
+)
+from flashgen.codegen.head_tiles import tile_widths
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER
+from flashgen.codegen.hopper_plan import HEAD_TILES
 from flashgen.codegen.mask_plan import mask_numbers
 from flashgen.compile import CompiledKernel
 from flashgen.errors import ConfigError
 from flashgen.launch.arguments import entry_arguments
-from flashgen.launch.decode_grid import DecodeGrid, decode_grid, num_tiles, waits_for_each_other
+from flashgen.launch.decode_grid import DecodeGrid, decode_grid, num_counters, waits_for_each_other
 from flashgen.launch.descriptors import entry_descriptors
 from flashgen.launch.device import detect_target
 from flashgen.launch.forward import capture_sizes, score_factors
 from flashgen.launch.kernel import BoundKernel, LaunchAttributes
 from flashgen.launch.operands import Layout4D, descriptor_refusal
+from flashgen.launch.ragged import ragged_refusal
 from flashgen.launch.side_tensors import SideHolder, SideTensors
 from flashgen.launch.tile_counter import arrival_counters
 from flashgen.spec import AttentionSpec, Extras, Problem
@@ -66,12 +78,36 @@ class DecodeOperands:
             rotary_dim=0 if cos is None else 2 * cos.shape[1],
         )
 
+    @property
+    def layouts(self) -> dict[str, Layout4D]:
+        """Of what descriptors may describe, by name."""
+        return {"q": self.q, "k": self.k, "v": self.v}
+
     def refusal(self, config: KernelConfig, spec: AttentionSpec) -> str | None:
         """Return why a config cannot read these layouts, or None."""
+        if isinstance(config, HopperDecodeConfig):
+            return self._bulk_refusal(config, spec)
         if not isinstance(config, TritonDecodeConfig) or config.loads != "descriptor":
             return None
         itemsize = spec.kv_dtype.itemsize
         return descriptor_refusal({"k": self.k, "v": self.v}, {"k": itemsize, "v": itemsize})
+
+    def _bulk_refusal(self, config: HopperDecodeConfig, spec: AttentionSpec) -> str | None:
+        group = self.q.size[1] // self.k.size[1]
+        if group % config.heads_of_tile:
+            return f"a tile has {config.heads_of_tile} query heads of one group, the group has {group}"
+        reason = descriptor_refusal(self.layouts, dict.fromkeys("qkv", spec.dtype.itemsize))
+        if reason:
+            return reason
+        for name, layout in (("k", self.k), ("v", self.v)):
+            entry, _, row, _ = layout.stride
+            if entry % row:
+                return f"the {name} cache has {entry} elements an entry, no multiple of the {row} from row to row"
+            rows = layout.size[0] * (entry // row)
+            reason = ragged_refusal(name, (1, layout.size[1], rows, layout.size[3]), layout.stride)
+            if reason:
+                return reason
+        return None
 
 
 class DecodeLaunch:
@@ -90,7 +126,7 @@ class DecodeLaunch:
         plan: KernelPlan,
         compiled: CompiledKernel,
         problem: Problem,
-        config: TritonDecodeConfig,
+        config: DecodeConfig,
         operands: DecodeOperands,
         extras: Extras,
         device: torch.device,
@@ -100,18 +136,19 @@ class DecodeLaunch:
         grid = decode_grid(problem.shape, config, extras.num_splits, target.num_sms)
         together = waits_for_each_other(grid, config, built.resources, target)
         self._side = SideTensors(plan)
-        self._tiles = num_tiles(problem.shape, config)
+        self._counters = num_counters(problem.shape, config)
         self.partial_size = partial_size(problem, config, grid)
         self._kernel = BoundKernel(
             entry,
             built,
             grid=grid.programs,
             values=decode_values(problem, config, operands, extras, grid, waits=together),
-            descriptors=entry_descriptors(
-                entry, plan, {"k": operands.k, "v": operands.v}, constant_values(problem.spec, config)
-            ),
+            descriptors=entry_descriptors(entry, plan, operands.layouts, constant_values(problem.spec, config)),
             slots={name: slot for slot, name in enumerate((*_TENSORS, *self._side.names))},
-            attributes=LaunchAttributes(cooperative=together, dependent=config.launch == "dependent"),
+            attributes=LaunchAttributes(
+                cooperative=together,
+                dependent=isinstance(config, TritonDecodeConfig) and config.launch == "dependent",
+            ),
         )
 
     def __call__(
@@ -126,18 +163,21 @@ class DecodeLaunch:
     ) -> None:
         """Launch on the current stream; `partial` is float32 scratch memory of `partial_size`, of any content."""
         device = torch._C._cuda_getDevice()
-        arrivals = arrival_counters(device, torch._C._cuda_getCurrentRawStream(device), self._tiles)
+        arrivals = arrival_counters(device, torch._C._cuda_getCurrentRawStream(device), self._counters)
         self._kernel((q, k, v, out, lse, partial, arrivals, *self._side(extras, None)))
 
 
-def partial_size(problem: Problem, config: TritonDecodeConfig, grid: DecodeGrid) -> int:
+def partial_size(problem: Problem, config: DecodeConfig, grid: DecodeGrid) -> int:
     """Return how many float32 a launch needs for partial outputs: two tiles of rows for each program."""
-    return max(1, grid.programs * 2 * config.block_m * (problem.spec.head_dim_v + 1))
+    rows, width = config.blocks[0][0], problem.spec.head_dim_v
+    if isinstance(config, HopperDecodeConfig):
+        rows, width = ROWS_OF_CONSUMER * config.consumers, sum(tile_widths(problem.spec, HEAD_TILES)[1])
+    return max(1, grid.programs * 2 * rows * (width + 1))
 
 
 def decode_values(
     problem: Problem,
-    config: TritonDecodeConfig,
+    config: DecodeConfig,
     operands: DecodeOperands,
     extras: Extras,
     grid: DecodeGrid,
@@ -157,6 +197,8 @@ def decode_values(
         "lanes": grid.lanes,
         "waits": int(waits),
         "min_blocks": config.min_blocks,
+        "rows_k": operands.k.stride[0] // operands.k.stride[2],
+        "rows_v": operands.v.stride[0] // operands.v.stride[2],
         "step_pages": operands.step_pages,
         "step_rotary": operands.step_rotary,
         "rotary_dim": operands.rotary_dim,
@@ -195,7 +237,7 @@ def bind_decode(
     Raises:
         ConfigError: if the config is not one of a decode kernel.
     """
-    if not isinstance(config, TritonDecodeConfig):
+    if not isinstance(config, DecodeConfig):
         raise ConfigError(f"template {config.template!r} has no decode kernel")
     q, k, v, out = (tensors[name] for name in ("q", "k", "v", "out"))
     bound = DecodeLaunch(
@@ -247,7 +289,7 @@ def decode_arguments(
         **dict(zip(side.names, side(extras, None), strict=True)),
         # No number: what a kernel reads before it is written shows.
         "partial": torch.full((partial_size(problem, config, grid),), float("nan"), device=device),
-        "arrivals": torch.zeros(max(1, num_tiles(problem.shape, config)), dtype=torch.int32, device=device),
+        "arrivals": torch.zeros(num_counters(problem.shape, config), dtype=torch.int32, device=device),
     }
     (entry,) = plan.entries
     arguments = entry_arguments(
@@ -256,7 +298,7 @@ def decode_arguments(
         # One program after the other: whoever waited would wait forever.
         values=decode_values(problem, config, operands, extras, grid, waits=False),
         tensors=given,
-        layouts={"k": operands.k, "v": operands.v},
+        layouts=operands.layouts,
         constants=constant_values(problem.spec, config),
     )
     return grid.programs, arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from flashgen.codegen import KernelConfig, KernelResources, TritonDecodeConfig
+from flashgen.codegen import DecodeConfig, HopperDecodeConfig, KernelConfig, KernelResources
 from flashgen.errors import ConfigError, InputError
 from flashgen.launch.forward import check_sizes
 from flashgen.spec import Shape
@@ -24,9 +24,19 @@ def num_tiles(shape: Shape, config: KernelConfig) -> int:
     if config.phase != "decode":
         raise ConfigError(f"template {config.template!r} has no decode kernel")
     ((block_m, _),) = config.blocks
-    tiles = -(-shape.seqlen_q * shape.group // block_m) * shape.batch * shape.nheads_kv
+    if isinstance(config, HopperDecodeConfig):
+        tiles = -(-shape.seqlen_q // block_m) * shape.batch * (shape.nheads_q // config.heads_of_tile)
+    else:
+        # Rows are the queries of a whole group.
+        tiles = -(-shape.seqlen_q * shape.group // block_m) * shape.batch * shape.nheads_kv
     check_sizes(shape, tiles, block_m)
     return tiles
+
+
+def num_counters(shape: Shape, config: KernelConfig) -> int:
+    """Return by how many counters programs learn of each other: one for all that is merged by itself."""
+    merged = config.consumers if isinstance(config, HopperDecodeConfig) else 1
+    return max(1, num_tiles(shape, config) * merged)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +54,7 @@ class DecodeGrid:
     lanes: int
 
 
-def decode_grid(shape: Shape, config: TritonDecodeConfig, num_splits: int, num_sms: int) -> DecodeGrid:
+def decode_grid(shape: Shape, config: DecodeConfig, num_splits: int, num_sms: int) -> DecodeGrid:
     """Return how many programs are launched, and what each of them does.
 
     That does not depend on the lengths of the sequences, of which the device alone knows. `shape.seqlen_k` is their
@@ -84,9 +94,11 @@ def _lanes(tiles: int, programs: int) -> int:
     return next(lanes for lanes in divisors if programs // lanes * lanes >= _BUSY_SHARE * programs)
 
 
-def waits_for_each_other(
-    grid: DecodeGrid, config: TritonDecodeConfig, resources: KernelResources, target: GpuTarget
-) -> bool:
+def waits_for_each_other(grid: DecodeGrid, config: DecodeConfig, resources: KernelResources, target: GpuTarget) -> bool:
     """Return whether the GPU has room for all programs, which may then wait for each other."""
-    blocks, _ = resident_blocks(target, config.num_warps, resources.registers, resources.smem_bytes)
+    num_warps = config.num_warps
+    if isinstance(config, HopperDecodeConfig):
+        # The producer takes the place of a consumer.
+        num_warps *= config.consumers + 1
+    blocks, _ = resident_blocks(target, num_warps, resources.registers, resources.smem_bytes)
     return target.backend == "cuda" and grid.programs <= blocks * target.num_sms

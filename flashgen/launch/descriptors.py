@@ -53,7 +53,7 @@ def entry_descriptors(
     for name in entry.arguments:
         if argument_kind(name) == "descriptor":
             layout = layouts[descriptor_operand(name)]
-            view = ragged_view(layout.size, layout.stride) if entry.ragged else (layout.size, layout.stride)
+            view = ragged_view(layout.size, layout.stride) if name in entry.ragged else (layout.size, layout.stride)
             box, dtype = entry.box(name, constants), descriptor_dtype(name, plan.spec)
             forms[name] = descriptor_form(view, box, dtype, gluon=gluon)
     return forms

@@ -72,15 +72,25 @@ def arrival_counters(device: int, stream: int, count: int) -> torch.Tensor:
     return made[-1]
 
 
+def counters_astray() -> int:
+    """Return how many counters are not at zero once all launches have ended, from where the next would count on."""
+    return sum(int(torch.count_nonzero(counter)) for counter in _all_counters())
+
+
 def reset_tile_counters() -> None:
     """Set every counter to zero, after a kernel that may not have left it so, and take back what graphs were given.
 
     For a process that has let go of every graph it captured: later ones count where those did.
     """
-    for counter in (*_counters.values(), *(counter for made in _arrivals.values() for counter in made)):
+    for counter in _all_counters():
         counter.zero_()
     for device, (spare, _) in _for_graphs.items():
-        _for_graphs[device] = spare.zero_(), 0
+        _for_graphs[device] = spare, 0
+
+
+def _all_counters() -> list[torch.Tensor]:
+    arrivals = [counter for made in _arrivals.values() for counter in made]
+    return [*_counters.values(), *arrivals, *(spare for spare, _ in _for_graphs.values())]
 
 
 def _zeros(device: int, count: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from flashgen.codegen.head_tiles import tile_widths
-from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperForwardConfig
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperConfig, HopperDecodeConfig, HopperForwardConfig
 from flashgen.codegen.hopper_plan import HEAD_TILES
 from flashgen.measure.occupancy import (
     CLOCK_HZ,
@@ -110,7 +110,33 @@ def predict_hopper_us(
     return Prediction(us=us, occupancy_blocks=programs, waves=math.ceil(tiles / slots), limiter=limiter)
 
 
-def _step(spec: AttentionSpec, target: GpuTarget, config: HopperForwardConfig) -> _Step:
+def predict_hopper_decode_us(
+    problem: Problem, target: GpuTarget, config: HopperDecodeConfig, registers: int, smem_bytes: int
+) -> Prediction:
+    """Return what the ranking model says of a decode config; as `predict_hopper_us`, but keys are divided evenly.
+
+    The longest share decides; consumers wait for its whole tiles, and the last program of a tile merges its parts.
+    """
+    num_warps = _WARPS_OF_WARPGROUP * (config.consumers + 1)
+    resident, limiter = resident_blocks(target, num_warps, registers, smem_bytes)
+    programs, shape = min(resident, config.programs), problem.shape
+    mask = problem.spec.mask.structure(keep_numbers=True)
+    steps = tile_steps(mask, config.block_m, config.block_n, shape.seqlen_q, shape.seqlen_k)
+    total = sum(steps) * shape.batch * shape.nheads_q // config.heads_of_tile
+    if programs == 0 or total == 0:
+        return Prediction(us=LAUNCH_US if programs else math.inf, occupancy_blocks=programs, waves=0, limiter=limiter)
+    step = _step(problem.spec, target, config)
+    share = max(math.ceil(total / (target.num_sms * programs)), config.min_blocks)
+    parts = math.ceil(max(steps) / share)
+    left = ROWS_OF_CONSUMER * config.consumers * problem.spec.head_dim_v * 4
+    clocks = share * _round_clocks(step, config, programs) + step.vector + step.matrix / 2 + _TILE_CLOCKS
+    # Leaving a part, and reading all of them.
+    clocks += (parts + 1) * left / L2_BYTES_PER_CLOCK if parts > 1 else 0.0
+    us = max(clocks / CLOCK_HZ * 1e6, problem.min_bytes() / (target.bandwidth_gbs * 1e3)) + LAUNCH_US
+    return Prediction(us=us, occupancy_blocks=programs, waves=1, limiter=limiter)
+
+
+def _step(spec: AttentionSpec, target: GpuTarget, config: HopperConfig) -> _Step:
     width_qk, width_v = map(sum, tile_widths(spec, HEAD_TILES))
     rows, keys, itemsize = ROWS_OF_CONSUMER, config.block_n, spec.dtype.itemsize
     scores = rows * keys
@@ -133,7 +159,7 @@ def _step(spec: AttentionSpec, target: GpuTarget, config: HopperForwardConfig) -
     )
 
 
-def _round_clocks(step: _Step, config: HopperForwardConfig, beside: int) -> float:
+def _round_clocks(step: _Step, config: HopperConfig, beside: int) -> float:
     """Return the clocks in which each consumer of the programs on one multiprocessor takes one step."""
     consumers = beside * config.consumers
     hidden, longer = sorted((step.matrix, step.vector))

@@ -7,14 +7,14 @@ import dataclasses
 import math
 import typing
 
-from flashgen.codegen.config import TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig
+from flashgen.codegen.config import TritonBackwardConfig, TritonDecodeConfig, TritonForwardConfig, templates_of
 from flashgen.codegen.head_tiles import head_tiles
-from flashgen.codegen.hopper_config import HopperForwardConfig
+from flashgen.codegen.hopper_config import HopperDecodeConfig, HopperForwardConfig
 from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.errors import ConfigError
 from flashgen.measure.backward_model import predict_backward_us
 from flashgen.measure.decode_model import predict_decode_us
-from flashgen.measure.hopper_model import predict_hopper_us
+from flashgen.measure.hopper_model import predict_hopper_decode_us, predict_hopper_us
 from flashgen.measure.occupancy import (
     CLOCK_HZ,
     EXP_PER_CLOCK,
@@ -29,7 +29,7 @@ from flashgen.measure.occupancy import (
     tile_steps,
 )
 from flashgen.measure.occupancy import Prediction as Prediction
-from flashgen.spec import AttentionSpec, DType, Problem
+from flashgen.spec import PHASES, AttentionSpec, DType, Problem
 from flashgen.target import GpuTarget, resident_blocks
 
 
@@ -84,7 +84,8 @@ def predict_us(
     target. Counted: blocks per multiprocessor, wave quantisation, matrix, exp2 and vector work of one step over the
     keys and how much of them overlaps, K and V from L2, load latency hidden by the stages, bytes through device memory.
     Of a backward config, that of each of its kernels, see `predict_backward_us`; of a forward one for Hopper, see
-    `predict_hopper_us`; of a decode one, see `predict_decode_us`.
+    `predict_hopper_us`; of a decode one, see `predict_decode_us` and
+    `predict_hopper_decode_us`.
 
     Args:
         problem: what is computed.
@@ -105,8 +106,9 @@ def predict_us(
             return predict_backward_us(problem, target, config, registers, smem_bytes)
         case TritonDecodeConfig():
             return predict_decode_us(problem, target, config, registers, smem_bytes)
-    types = (TritonForwardConfig, HopperForwardConfig, TritonBackwardConfig, TritonDecodeConfig)
-    known = ", ".join(known_type.template for known_type in types)
+        case HopperDecodeConfig():
+            return predict_hopper_decode_us(problem, target, config, registers, smem_bytes)
+    known = ", ".join(template for phase in PHASES for template in templates_of(phase))
     raise ConfigError(f"the model knows {known}, got {config.template}")
 
 

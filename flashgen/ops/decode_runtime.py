@@ -7,7 +7,7 @@ import typing
 
 import torch
 
-from flashgen.codegen import TritonDecodeConfig, render
+from flashgen.codegen import DecodeConfig, render
 from flashgen.dispatch import Selection
 from flashgen.launch import DecodeLaunch, DecodeOperands, detect_target, readable
 from flashgen.ops.call import Tensors, heads_first
@@ -138,7 +138,7 @@ class _Bound:
     ) -> None:
         problem, config = selection.problem, selection.config
         spec = problem.spec
-        assert isinstance(config, TritonDecodeConfig)
+        assert isinstance(config, DecodeConfig)
         self._launch = DecodeLaunch(
             plan=render(spec, config).plan,
             compiled=compiled_kernel(spec, config, selection.target),

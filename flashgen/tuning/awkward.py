@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from flashgen.codegen import HopperForwardConfig, KernelConfig, TritonDecodeConfig
+from flashgen.codegen import DecodeConfig, HopperDecodeConfig, HopperForwardConfig, KernelConfig
+from flashgen.codegen.constraints import shape_refusal
 from flashgen.measure import awkward_decode_shapes, awkward_shapes
 from flashgen.spec import Problem, Shape
 
@@ -19,15 +20,19 @@ def awkward_for(problem: Problem, config: KernelConfig) -> tuple[Shape, ...]:
 
     Programs that take tile after tile, or several key tiles, get one shape of many, too.
     """
-    awkward = awkward_decode_shapes if problem.spec.phase == "decode" else awkward_shapes
-    shapes = dict.fromkeys(shape for blocks in config.blocks for shape in awkward(problem, *blocks))
     many = []
     if isinstance(config, HopperForwardConfig):
         many.append(_many_tiles(problem, config))
-    if isinstance(config, TritonDecodeConfig):
+    if isinstance(config, DecodeConfig):
+        ((rows, block_n),) = config.blocks
+        # Of one head, where rows are not those of a whole group.
+        rows *= problem.shape.group if isinstance(config, HopperDecodeConfig) else 1
+        found = [s for s in awkward_decode_shapes(problem, rows, block_n) if not shape_refusal(config, s)]
         many.append(_many_keys(problem, config))
+    else:
+        found = [shape for blocks in config.blocks for shape in awkward_shapes(problem, *blocks)]
     # Nothing is launched without keys.
-    return (*(shape for shape in shapes if shape.seqlen_k), *many)
+    return (*dict.fromkeys(shape for shape in found if shape.seqlen_k), *many)
 
 
 def _many_tiles(problem: Problem, config: HopperForwardConfig) -> Shape:
@@ -43,13 +48,14 @@ def _many_tiles(problem: Problem, config: HopperForwardConfig) -> Shape:
     )
 
 
-def _many_keys(problem: Problem, config: TritonDecodeConfig) -> Shape:
+def _many_keys(problem: Problem, config: DecodeConfig) -> Shape:
     nheads_kv = min(problem.shape.nheads_kv, 2)
     # Several for each program: teams of one head are twice as many as those of two.
     key_tiles = 4 // nheads_kv * _MANY_TILES * config.programs
     return Shape(
         batch=_MANY_SEQUENCES,
-        seqlen_q=1,
+        # Rows of two tiles, some of which end before the last key tiles of a long part.
+        seqlen_q=config.block_m + 3 if isinstance(config, HopperDecodeConfig) else 1,
         seqlen_k=math.ceil(key_tiles / _MANY_SEQUENCES) * config.block_n + 1,
         nheads_q=nheads_kv * problem.shape.group,
         nheads_kv=nheads_kv,

@@ -8,6 +8,7 @@ import itertools
 import typing
 
 from flashgen.codegen import (
+    HopperDecodeConfig,
     KernelConfig,
     TritonBackwardConfig,
     TritonDecodeConfig,
@@ -15,6 +16,7 @@ from flashgen.codegen import (
     templates_of,
 )
 from flashgen.codegen.constraints import check_config, shape_refusal
+from flashgen.codegen.head_tiles import next_power_of_two
 from flashgen.errors import NoKernelError
 from flashgen.heuristics import default_configs, safe_configs
 from flashgen.heuristics.decode import rows_of_tile
@@ -119,11 +121,13 @@ def _fitting(configs: typing.Iterable[KernelConfig], problem: Problem) -> typing
     Rows of a tile that no query fills cost as much as those of queries.
     """
     most = _MOST_SPARE_ROWS * rows_of_tile(problem.shape)
+    most_queries = _MOST_SPARE_ROWS * next_power_of_two(max(1, problem.shape.seqlen_q))
     return (
         config
         for config in configs
         if not shape_refusal(config, problem.shape)
         and not (isinstance(config, TritonDecodeConfig) and config.block_m > most)
+        and not (isinstance(config, HopperDecodeConfig) and config.block_m > most_queries)
     )
 
 

@@ -77,10 +77,11 @@ class FinalComparison:
 
     def _compile_ahead(self, finalists: typing.Sequence[Tried]) -> None:
         """Have what the winner is confirmed with compiled while the finalists are raced."""
-        spec = self._evaluator.confirmed_as(self._task.problem.spec)
-        for tried in finalists if spec else ():
-            job = (self._jobs.compile, spec, tried.config, self._task.target)
-            self._pool.submit(NO_TRIAL, *job, timeout_s=self._jobs.compile_timeout_s)
+        for tried in finalists:
+            spec = self._evaluator.confirmed_as(self._task.problem.spec, tried.config)
+            if spec is not None:
+                job = (self._jobs.compile, spec, tried.config, self._task.target)
+                self._pool.submit(NO_TRIAL, *job, timeout_s=self._jobs.compile_timeout_s)
 
     def _settle(self, finalists: typing.Sequence[Tried], final: Final) -> Choice | None:
         """Return the choice whose winner is confirmed, refusing those that are not; None if none is left."""

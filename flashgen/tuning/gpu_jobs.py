@@ -18,7 +18,14 @@ import torch
 from flashgen.codegen import KernelConfig, TritonBackwardConfig, render
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.errors import FlashgenError
-from flashgen.launch import bind_backward, bind_decode, bind_forward, detect_target, reset_tile_counters
+from flashgen.launch import (
+    bind_backward,
+    bind_decode,
+    bind_forward,
+    counters_astray,
+    detect_target,
+    reset_tile_counters,
+)
 from flashgen.measure import (
     AccuracyReport,
     Clock,
@@ -126,7 +133,7 @@ def confirm(problem: Problem, config: KernelConfig) -> Rejected | None:
     It is other code, which the registry's key covers: a forward pass that also writes lse, gradients of a bias, pages
     and appended keys.
     """
-    variant = confirmed_variant(problem.spec)
+    variant = confirmed_variant(problem.spec, config)
     if variant is None:
         return None
     with _ending_if_the_context_is_lost():
@@ -182,14 +189,16 @@ def _check_own_shape(problem: Problem, config: KernelConfig) -> tuple[float, flo
 
 
 def _judged(case: Case) -> AccuracyReport:
-    """Return what a launch did: nothing is right that wrote where nothing is its own."""
+    """Return what a launch did: nothing is right that wrote where nothing is its own, or misleads the next launch."""
     stray = case.stray()
     if not stray:
         report = case.judge()
         if case.problem.spec.append and not report.ok:
             # Rows that were written beside those appended to stay in the caches.
             forget_cases()
-        return report
+        count = counters_astray() if report.ok else 0
+        reason = f"counters by which programs learn of each other are not at zero after the launch: {count}"
+        return dataclasses.replace(report, ok=False, reason=reason) if count else report
     # What lies beside it may be damaged as well, and the next config is not to blame.
     forget_cases()
     return AccuracyReport(max_error=math.inf, allowed_error=0.0, ok=False, reason=stray)

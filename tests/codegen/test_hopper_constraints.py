@@ -41,6 +41,7 @@ REFUSED = {
     "head_dims_fit_product": (config(), spec("d=512 bf16"), "H200", "512 is more than 256"),
     "roles_within_limits": (config(num_warps=8), spec(), "H200", "num_warps=8 is not 4"),
     "numbers_within_limits": (config(num_stages=1), spec(), "H200", "num_stages=1 is not from 2 to 4"),
+    "groups_have_heads": (config(head_group=0), spec(), "H200", "head_group=0 is less than 1"),
     "block_power_of_two": (config(block_n=96), spec(), "H200", "block_n=96 is not a power of two of at least 32"),
     "table_rows_power_of_two": (config(consumers=3), spec("d=64 document bf16"), "H200", "have 192 rows"),
     "heads_share_keys": (config(consumers=1, pack="heads"), spec(), "H200", "2 consumers or more, got 1"),

@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper, built without one: what its programs take, and the instructions that it is for."""
+"""The kernels for Hopper, built without one: what its programs take, and the instructions that it is for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 import pytest
 import triton
 
-from flashgen.codegen import HopperForwardConfig, render
+from flashgen.codegen import HopperDecodeConfig, HopperForwardConfig, KernelConfig, render
 from flashgen.codegen.constraints import check_config
-from flashgen.codegen.hopper_config import Release
+from flashgen.codegen.hopper_config import HopperConfig, Release
 from flashgen.codegen.hopper_constraints import shared_memory_lower_bound
 from flashgen.compile import CompiledKernel, compile_kernel
 from flashgen.primitives import hopper
@@ -20,7 +20,8 @@ from flashgen.target import named_target
 
 H200 = named_target("sm_90")
 BASE = HopperForwardConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
-KERNELS: dict[str, tuple[str, HopperForwardConfig]] = {
+DECODE = HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
+KERNELS: dict[str, tuple[str, HopperConfig]] = {
     "turns": ("d=128 full bf16", dataclasses.replace(BASE, queries="registers", turns="alternate")),
     "packed": ("d=64 causal varlen fp16 lse", dataclasses.replace(BASE, consumers=3, tiles="overlap")),
     "wide": (
@@ -37,12 +38,20 @@ KERNELS: dict[str, tuple[str, HopperForwardConfig]] = {
         "d=32 causal alibi score_mod('return score * 2.0 + w[h]', w='float32[h]') bf16",
         dataclasses.replace(BASE, diagonal="half", out_buffer="queries"),
     ),
+    "chunk": (
+        "d=128 causal lse bf16 decode",
+        dataclasses.replace(DECODE, queries="registers", num_stages=3, release="named"),
+    ),
+    "chunk in pages": (
+        "d=192 dv=96 sliding_window(100,0) page=128 sinks fp16 decode",
+        dataclasses.replace(DECODE, block_n=64, rescale=8, loops="single"),
+    ),
 }
 # Of a thread. ptxas keeps a few values of the code around the loops in memory, and none of the loops'.
 MOST_SPILLS = 64
 
 
-def _compile(words: str, config: HopperForwardConfig) -> CompiledKernel:
+def _compile(words: str, config: KernelConfig) -> CompiledKernel:
     spec = parse_problem(f"h=1 s=1 {words}").spec
     assert check_config(config, spec, H200) == ()
     return compile_kernel(render(spec, config), spec.structure(), config, H200)
@@ -58,13 +67,18 @@ def test_compiles_for_an_absent_gpu(name: str) -> None:
     bound = shared_memory_lower_bound(config, spec)
     assert bound <= resources.smem_bytes <= min(bound + 512, H200.smem_bytes)
     # What every thread starts with, before the roles take theirs.
-    assert resources.registers == config.launch_options("attn_fwd").maxnreg
+    assert resources.registers == config.launch_options(compiled.entries[0].name).maxnreg
     # Each consumer is a warpgroup, and the producer takes the place of one.
     assert handle.metadata.num_warps == 4 * (config.consumers + 1)
     ptx = handle.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert f"cp.async.bulk.tensor.{5 if spec.varlen else 4}d.shared" in ptx
-    assert f"cp.async.bulk.tensor.{5 if spec.varlen else 4}d.global" in ptx
+    if spec.phase == "decode":
+        # Caches end each sequence at its own last key; rows are written as they are.
+        assert "cp.async.bulk.tensor.5d.shared" in ptx
+        assert not re.search(r"cp\.async\.bulk\.tensor\.\dd\.global", ptx)
+    else:
+        assert f"cp.async.bulk.tensor.{5 if spec.varlen else 4}d.global" in ptx
     consumer, producer = config.role_registers
     taken = {int(number) for number in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}
     # The first consumer gets what the others leave.

@@ -31,6 +31,7 @@ PROBLEMS = (
     "b=2 hq=16 hkv=1 sq=1 sk=2000 d=576 dv=512 shared_kv bf16 decode",
     "b=2 hq=8 hkv=2 sq=2 sk=2000 d=128 causal fp8_kv descale page=64 bf16 decode",
     "b=1 hq=6 hkv=2 sq=3 sk=500 d=192 dv=128 causal batch_idx fp32 decode",
+    "b=2 hq=8 hkv=2 sq=200 sk=3000 d=128 causal bf16 decode",
 )
 
 
@@ -49,9 +50,10 @@ def legal(problem: Problem) -> list[KernelConfig]:
 
 
 def tries(problem: Problem) -> list[KernelConfig]:
-    """The default with either launch and loop, and the last resort."""
+    """The default, with either launch and loop where it has such, and the last resort."""
     first, *_, last = legal(problem)
-    assert isinstance(first, TritonDecodeConfig)
+    if not isinstance(first, TritonDecodeConfig):
+        return [first, last]
     launch = "plain" if first.launch == "dependent" else "dependent"
     # One loop takes more shared memory of a stage.
     stages = max(1, first.num_stages - 1)

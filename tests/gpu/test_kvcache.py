@@ -30,6 +30,8 @@ FEATURES = [
     "sq=1 d=192 dv=128 full bf16 lse",
     "sq=1 d=576 dv=512 full bf16 shared_kv lse",
     "sq=200 d=64 causal bf16 append page=64",
+    "sq=200 d=128 causal bf16 lse",
+    "sq=70 d=64 sliding_window(100,0) fp16 sinks alibi page=128 lse",
     "sq=2 d=32 causal fp32 append lse",
 ]
 

@@ -43,6 +43,7 @@ RIGHT = (
     "b=2 hq=8 hkv=2 sk=1000 d=128 full append rotary=halves leftpad bf16 decode",
     "b=2 hq=16 hkv=1 sk=1000 d=576 dv=512 full shared_kv bf16 decode",
     "b=2 hq=8 hkv=2 sq=2 sk=1000 d=128 causal fp8_kv descale bf16 decode",
+    "b=2 hq=8 hkv=2 sq=100 sk=1000 d=128 causal bf16 decode",
 )
 CONFIGS_OF_EACH = 6
 

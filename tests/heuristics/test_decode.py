@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from flashgen.codegen import TritonDecodeConfig
+from flashgen.codegen import HopperDecodeConfig, TritonDecodeConfig
 from flashgen.codegen.constraints import check_config
 from flashgen.heuristics import default_configs, safe_configs
 from flashgen.heuristics.decode import rows_of_tile
@@ -26,9 +26,9 @@ def problem(words: str, sizes: str = "b=1 hq=32 hkv=8 sq=1 sk=4096") -> Problem:
 
 
 def default(asked: Problem, target: GpuTarget = H200) -> TritonDecodeConfig:
+    """Return the first of the kernel that runs anywhere."""
     legal = [c for c in default_configs(asked, target) if not check_config(c, asked.spec, target)]
-    assert isinstance(legal[0], TritonDecodeConfig)
-    return legal[0]
+    return next(config for config in legal if isinstance(config, TritonDecodeConfig))
 
 
 @pytest.mark.parametrize("target", known_targets(), ids=str)
@@ -76,6 +76,33 @@ def test_pages_of_less_than_a_tile_are_gathered_by_more_warps() -> None:
 )
 def test_as_many_parts_are_merged_at_once_as_there_are(sizes: str, parts: int) -> None:
     assert default(problem("d=128", sizes)).merge_parts == parts
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes", "first"),
+    [
+        ("d=128 causal", "b=1 hq=32 hkv=8 sq=256 sk=8192", (128, 3, "registers")),
+        ("d=128 causal page=256 lse sinks", "b=1 h=8 sq=64 sk=8192", (128, 3, "registers")),
+        ("d=192 dv=128 causal", "b=1 h=8 sq=512 sk=8192", (128, 2, "registers")),
+        ("d=256 causal", "b=1 h=8 sq=512 sk=8192", (64, 2, "shared")),
+        # What the kernel for Hopper does not know, and queries that leave its rows empty.
+        ("d=128 causal append", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
+        ("d=128 causal page=16", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
+        ("d=128 causal leftpad", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
+        ("d=128 causal fp8_kv descale", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
+        ("d=128 causal", "b=1 hq=32 hkv=8 sq=63 sk=8192", None),
+    ],
+)
+def test_chunks_are_for_the_kernel_of_hopper(words: str, sizes: str, first: tuple[int, int, str] | None) -> None:
+    asked = problem(words, sizes)
+    found = default_configs(asked, H200)
+    of_hopper = [config for config in found if isinstance(config, HopperDecodeConfig)]
+    assert all(not check_config(config, asked.spec, H200) for config in of_hopper)
+    assert list(found[: len(of_hopper)]) == of_hopper
+    got = [(config.block_n, config.num_stages, config.queries) for config in of_hopper[:1]]
+    assert got == ([first] if first else [])
+    # Another GPU has none of them.
+    assert not any(isinstance(config, HopperDecodeConfig) for config in default_configs(asked, named_target("A100")))
 
 
 def test_only_gpus_that_can_start_kernels_early_do() -> None:

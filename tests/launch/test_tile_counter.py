@@ -47,9 +47,12 @@ def test_a_reset_zeroes_all_and_takes_back_what_graphs_had(capturing: list[bool]
     shared = arrival_counters(0, 7, 4)
     capturing[0] = True
     captured = arrival_counters(0, 7, 4)
+    assert tile_counter.counters_astray() == 0
     shared.fill_(3)
     captured.fill_(5)
+    assert tile_counter.counters_astray() == len(shared) + len(captured)
     reset_tile_counters()
+    assert tile_counter.counters_astray() == 0
     assert not shared.any()
     assert not captured.any()
     assert arrival_counters(0, 7, 4).data_ptr() == captured.data_ptr()

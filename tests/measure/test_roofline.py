@@ -376,7 +376,7 @@ def test_other_templates_are_refused() -> None:
 
     with pytest.raises(
         ConfigError,
-        match="knows triton/forward, gluon/hopper_forward, triton/backward, triton/decode, got triton/other",
+        match="forward, gluon/hopper_forward, triton/backward, triton/decode, gluon/hopper_decode, got triton/other",
     ):
         predict_us(PREFILL[64, "full"], H200, OtherConfig(num_warps=4, num_stages=2), 128, 0)
 

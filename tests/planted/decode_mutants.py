@@ -72,7 +72,7 @@ DECODE_MUTANTS = {
         "full", _OFF, ("attn_decode", "first_program + is_second.to(tl.int32)", "first_program"), sizes=_LONG
     ),
     "arrivals not set back": _edited(
-        "full", _OFF, ("attn_decode", "tl.store(arrivals, 0)", "tl.store(arrivals, left)")
+        "full", rf"counters|{_OFF}", ("attn_decode", "tl.store(arrivals, 0)", "tl.store(arrivals, left)")
     ),
     # Where the cache has it.
     "page of the step before": _edited(

@@ -33,7 +33,7 @@ HOPPER_MUTANTS = {
     ),
     "values of the step after": _edited("full", _LOST, ("attend", "v_smem.index(before)", "v_smem.index(stage)")),
     "counter of tiles not put back": _edited(
-        "full", _LOST, ("producer", "        gl.store(tile_counter_ptr, 0)\n", "")
+        "full", f"counters|{_LOST}", ("producer", "        gl.store(tile_counter_ptr, 0)\n", "")
     ),
     "lse in base 2": _edited("full", "lse", ("normalise", ") * 0.6931471805599453", ")")),
     "keys not waited for": _edited(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from backward_mutants import BACKWARD_MUTANTS
 from decode_mutants import DECODE_MUTANTS, WAITING_MUTANTS
 from forward_mutants import FORWARD_MUTANTS
+from hopper_decode_mutants import HOPPER_DECODE_MUTANTS
 from hopper_mutants import HOPPER_MUTANTS
 from mutants import Mutant, outcome_of, planted
 
@@ -21,6 +22,7 @@ MUTANTS: dict[str, Mutant] = {
     **{f"backward: {name}": mutant for name, mutant in BACKWARD_MUTANTS.items()},
     **{f"decode: {name}": mutant for name, mutant in (DECODE_MUTANTS | WAITING_MUTANTS).items()},
     **{f"Hopper: {name}": mutant for name, mutant in HOPPER_MUTANTS.items()},
+    **{f"Hopper, decode: {name}": mutant for name, mutant in HOPPER_DECODE_MUTANTS.items()},
 }
 
 
@@ -33,7 +35,7 @@ def compile_mutant(name: str, target: GpuTarget) -> None:
 
 def compile_right(problem: Problem, config: KernelConfig, target: GpuTarget) -> None:
     """Fill Triton's cache with what the checks of a config launch."""
-    for spec in (problem.spec, confirmed_variant(problem.spec)):
+    for spec in (problem.spec, confirmed_variant(problem.spec, config)):
         if spec is not None:
             compile_kernel(gpu_jobs.render(spec, config), spec, config, target)
 

@@ -195,7 +195,6 @@ def test_programs_that_decode_several_key_tiles_are_checked(words, programs):
         ("b=1 hq=32 hkv=8 sq=1 sk=4096", 32),
         ("b=1 hq=32 hkv=8 sq=8 sk=4096", 64),
         ("b=1 hq=128 hkv=1 sq=1 sk=4096", 128),
-        ("b=1 h=8 sq=256 sk=131072", 128),
     ],
 )
 def test_tiles_of_decoding_are_not_mostly_empty(sizes, most):
@@ -206,3 +205,15 @@ def test_tiles_of_decoding_are_not_mostly_empty(sizes, most):
     assert found.default == found.seeds[0] == default_configs(problem, H200)[0]
     assert set(found.seeds) <= set(found.configs)
     assert len(set(found.configs)) == len(found.configs)
+
+
+@pytest.mark.parametrize(("queries", "rows"), [(16, set()), (31, {64}), (64, {64, 128}), (256, {64, 128, 192})])
+def test_hopper_decodes_where_queries_fill_its_tiles(queries, rows):
+    problem = parse_problem(f"b=1 hq=32 hkv=8 sq={queries} sk=131072 d=128 causal bf16 decode")
+    found = find_choices(problem, H200, EFFORTS["quick"])
+    of_hopper = [config for config in found.configs if config.template == "gluon/hopper_decode"]
+    assert {config.block_m for config in of_hopper} == rows
+    assert found.default == found.seeds[0] == default_configs(problem, H200)[0]
+    assert (found.default in of_hopper) == (queries >= 64)
+    # Both kinds are among the first that are tried.
+    assert {config.template for config in found.seeds} == {"triton/decode", *(["gluon/hopper_decode"] if rows else [])}

@@ -1,0 +1,231 @@
+"""The structure of a rendered decode kernel for Hopper."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flashgen.codegen.arguments import side_pointer_types
+from flashgen.codegen.head_tiles import name_tiles, tile_widths
+from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperDecodeConfig
+from flashgen.codegen.hopper_plan import HEAD_TILES, HopperForwardPlan
+from flashgen.codegen.mask_plan import plan_mask
+from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
+from flashgen.codegen.signature import SCORE_PREFIX, capture_types
+from flashgen.spec import AttentionSpec
+
+# Of a part of a tile, in the order in which they are handed out.
+_PART = (
+    *("off_z", "off_h", "start_m", "SEQLEN_K", "lo", "hi", "slot", "tile"),
+    *("first_slot", "first_program", "last_program", "member", "members", "ends"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HopperDecodePlan(HopperForwardPlan):
+    """Structure of `templates/gluon/hopper_decode.py.jinja`: that of the forward kernel, whose loop it has.
+
+    Rows are not packed: a tile has queries of one head, or of several of a group, with the same keys.
+    """
+
+    def is_ragged(self, name: str) -> bool:
+        """Whether a descriptor, or the one of a tensor, ends sequences at their own last row: the caches'."""
+        return name.startswith(("k", "v"))
+
+    @property
+    def copies_out(self) -> bool:
+        """Never: rows are merged in another layout than they are computed in, and written as they are."""
+        return False
+
+    @property
+    def out_buffers(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def heads(self) -> str:
+        """How many heads a sequence has, or bundles of heads that one tile has."""
+        return "nheads_q" if self.heads_of_tile == 1 else f"(nheads_q // {self.heads_of_tile})"
+
+    @property
+    def position(self) -> str:
+        """What is handed out of a part."""
+        return ", ".join(_PART)
+
+    @property
+    def received(self) -> tuple[tuple[int, str], ...]:
+        """What a consumer takes of it, with their places."""
+        return tuple(enumerate(_PART, start=1))
+
+    @property
+    def key_range(self) -> str:
+        """What `key_tiles` tells a consumer, which has its own first and last key tile."""
+        return f"_, {'' if self.mask.left_edge else '_'}full_lo, full_hi, _"
+
+    @property
+    def key_loops(self) -> tuple[tuple[str, str], ...]:
+        """The loops over the keys after the first tile: masked ones are few of very many."""
+        loops = super().key_loops
+        if self.mask.left_edge or len(loops) == 1:
+            return loops
+        masked, (_, _), _ = loops
+        return (masked, ("False", "gl.minimum(hi - 1, full_hi) - lo"))
+
+    @property
+    def branches(self) -> bool:
+        """Never: there are three loops, or two."""
+        return False
+
+    @property
+    def own_keys(self) -> bool:
+        """Never: consumers walk all keys of a part."""
+        return False
+
+    @property
+    def part_arguments(self) -> tuple[str, ...]:
+        """What `sequence_parts` takes beyond the sequences that it is asked about."""
+        names = ("SEQLEN_Q", "splits", "min_blocks", "BLOCK_N", "cache_seqlens_ptr")
+        return (*names, *self.mask.bounds_arguments)
+
+    @property
+    def sequence_bounds(self) -> str:
+        """What `kv_bounds` returns for all rows of a sequence."""
+        return "start, _, _, end" if self.mask.left_edge else "_, end"
+
+    @property
+    def _page_arguments(self) -> tuple[str, ...]:
+        spec = self.spec
+        entry = ("cache_batch_idx_ptr",) if spec.batch_idx else ()
+        return ("page_table_ptr", "step_pages") if spec.page_size else entry
+
+    @property
+    def producer_arguments(self) -> tuple[str, ...]:
+        """What the producer takes beyond the rings."""
+        copied = [name for name in self.arguments if name.endswith("_desc")]
+        names = (
+            "batch",
+            "nheads_q",
+            "group",
+            "rows_k",
+            "rows_v",
+            "lanes",
+            "waits",
+            *self.part_arguments,
+            *self._page_arguments,
+        )
+        return (*copied, *(name for name in dict.fromkeys(names) if name != "BLOCK_N"))
+
+    @property
+    def consumer_arguments(self) -> tuple[str, ...]:
+        """What a consumer takes beyond the rings and the way out."""
+        copied = {name for name in self.arguments if name.endswith("_desc")}
+        unused = {*copied, "batch", "group", "rows_k", "rows_v", "splits", "min_blocks", "cache_seqlens_ptr"}
+        return tuple(name for name in self.arguments if name not in unused | {*self._page_arguments})
+
+    @property
+    def row_arguments(self) -> tuple[str, ...]:
+        """What `write_rows` takes beyond sums and their position."""
+        spec = self.spec
+        lse = ("lse_ptr", "nheads_q") if spec.lse else ()
+        sinks = ("sinks_ptr",) if spec.sinks else ()
+        return ("out_ptr", *(f"stride_o{axis}" for axis in "zhm"), "SEQLEN_Q", *lse, *sinks)
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """The compile-time arguments."""
+        return ("HEAD_DIM_V", *super().constants, *(("PAGE_SIZE",) if self.spec.page_size else ()))
+
+    @property
+    def primitives(self) -> tuple[str, ...]:
+        """What the source imports from `flashgen.primitives.hopper`."""
+        return tuple(sorted({*super().primitives, "RAGGED"} - {"store_wait", "write_tile"}))
+
+    @property
+    def decode_primitives(self) -> tuple[str, ...]:
+        """What the source imports from `flashgen.primitives.hopper_decode`."""
+        return ("add", "meet", "row_layout")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The device functions, as template files in the order of the source."""
+        own = {
+            "gluon/parts/tile_position": ("triton/parts/sequence_parts", "gluon/parts/find_share"),
+            "gluon/parts/producer": ("gluon/parts/producer_of_parts",),
+            "gluon/parts/write_out": ("gluon/parts/parts_of_tile",),
+        }
+        names = (name.removesuffix(".py.jinja") for name in super().parts)
+        return tuple(f"{part}.py.jinja" for name in names for part in own.get(name, (name,)))
+
+
+def make_hopper_decode_plan(spec: AttentionSpec, config: HopperDecodeConfig) -> HopperDecodePlan:
+    """Return the structure of the decode kernel for Hopper that `spec` and `config` ask for."""
+    spec = spec.structure()
+    mask = plan_mask(spec.mask)
+    widths_qk, widths_v = tile_widths(spec, HEAD_TILES)
+    qk_tiles = name_tiles("BLOCK_DQK", "HEAD_DIM_QK", widths_qk)
+    v_tiles = name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v)
+    score = spec.score_mod
+    score_arguments = mod_arguments(score, SCORE_PREFIX) if score else ()
+    tiles = {"q": qk_tiles, "k": qk_tiles, "v": v_tiles}
+    words = [f"{mask.title} mask"]
+    words += ["with lse"] * spec.lse
+    words += [f"with {feature}" for feature in (*(("score_mod",) if score else ()), *spec.features)]
+    return HopperDecodePlan(
+        title=f"attn_decode: {' '.join(words)}, {config.consumers} consumer{'s' if config.consumers > 1 else ''}.",
+        template=config.template,
+        entry_point="attn_decode",
+        spec=spec,
+        descriptor=True,
+        single_loop=False,
+        mask=mask,
+        score_arguments=score_arguments,
+        score_lines=mod_lines(score, SCORE_PREFIX) if score else (),
+        division_helpers=mask.division_helpers | (division_helpers(score) if score else frozenset()),
+        pointer_types=tuple(sorted((side_pointer_types(spec) | capture_types(spec)).items())),
+        dot_options="",
+        consumers=config.consumers,
+        heads_of_tile=config.heads_of_tile,
+        queries=config.queries,
+        turns=config.turns,
+        convert=config.convert,
+        rescales_rarely=config.rescale > 0,
+        out_buffer="own",
+        diagonal="whole",
+        tiles="parts",
+        release=config.release,
+        one_loop=config.loops == "single" and mask.title != "full",
+        qk_tiles=qk_tiles,
+        v_tiles=v_tiles,
+        arguments=(
+            *(f"{name}{tile.suffix}_desc" for name, many in tiles.items() for tile in many),
+            *("out_ptr", *(("lse_ptr",) if spec.lse else ()), *(f"stride_o{axis}" for axis in "zhm")),
+            *("qk_scale", "batch", "nheads_q", "group", "SEQLEN_Q", "rows_k", "rows_v"),
+            *("splits", "lanes", "waits", "min_blocks", "cache_seqlens_ptr", "partial_ptr", "arrivals_ptr"),
+            *(("softcap",) if spec.softcap else ()),
+            *(("alibi_ptr", "step_alibi_z") if spec.alibi else ()),
+            *(("sinks_ptr",) if spec.sinks else ()),
+            *(("page_table_ptr", "step_pages") if spec.page_size else ()),
+            *(("cache_batch_idx_ptr",) if spec.batch_idx else ()),
+            *score_arguments,
+            *mask.arguments,
+        ),
+    )
+
+
+def hopper_decode_constants(spec: AttentionSpec, config: HopperDecodeConfig) -> dict[str, int]:
+    """Return the value of every compile-time argument, by name."""
+    consumer, producer = config.role_registers
+    values = {
+        "ROWS": ROWS_OF_CONSUMER,
+        "BLOCK_N": config.block_n,
+        "NUM_STAGES": config.num_stages,
+        "RESCALE_AT": config.rescale,
+        "CONSUMER_REGISTERS": consumer,
+        "PRODUCER_REGISTERS": producer,
+        "HEAD_DIM_V": spec.head_dim_v,
+        "PAGE_SIZE": spec.page_size,
+    }
+    for block, widths in zip(("BLOCK_DQK", "BLOCK_DV"), tile_widths(spec, HEAD_TILES), strict=True):
+        for suffix, width in zip(("", "_1"), widths, strict=False):
+            values[f"{block}{suffix}"] = width
+    names = make_hopper_decode_plan(spec, config).constants
+    return {name: values[name] for name in names}
