@@ -58,9 +58,11 @@ def default_configs(problem: Problem, target: GpuTarget) -> tuple[KernelConfig, 
 
 def _of_chunks(problem: Problem, target: GpuTarget) -> list[HopperDecodeConfig]:
     """Return what the kernel for Hopper can compute of a prefill in chunks: the deepest buffers that fit, Q beside."""
-    base = HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=3, queries="registers", release="named")
+    base = HopperDecodeConfig(
+        consumers=2, block_n=128, num_warps=4, num_stages=3, queries="registers", release="named", rescale=8
+    )
     usual = [base, dataclasses.replace(base, num_stages=2), dataclasses.replace(base, num_stages=2, queries="shared")]
-    narrow = dataclasses.replace(base, block_n=64, num_stages=2, queries="shared", convert="late", rescale=8)
+    narrow = dataclasses.replace(base, block_n=64, num_stages=2, queries="shared", convert="late")
     return [config for config in (*usual, narrow) if not check_config(config, problem.spec, target)]
 
 

@@ -111,7 +111,7 @@ def test_equal_bits(target: GpuTarget) -> None:
 
 def test_graph_replays_with_lengths_that_change(target: GpuTarget) -> None:
     problem = parse_problem("b=3 hq=8 hkv=2 sq=100 sk=3000 d=128 causal bf16 lse decode")
-    call = random_decode_call(problem, device="cuda", seed=0, ragged=True)
+    call = random_decode_call(problem, device="cuda", seed=0)
     run_decode_call(call)
     torch.cuda.synchronize()
     used = call.extras.cache_seqlens

@@ -39,10 +39,10 @@ def target_here() -> GpuTarget:
 
 
 def of_every_kind(entries: list[RegistryEntry]) -> list[RegistryEntry]:
-    """Return one entry of each spec, the one with the fewest queries."""
-    found: dict[AttentionSpec, RegistryEntry] = {}
+    """Return one entry of each spec and template, the one with the fewest queries."""
+    found: dict[tuple[AttentionSpec, str], RegistryEntry] = {}
     for entry in sorted(entries, key=lambda entry: entry.range.seqlen_q.lo * entry.range.batch.lo):
-        found.setdefault(entry.spec, entry)
+        found.setdefault((entry.spec, entry.config.template), entry)
     return list(found.values())
 
 

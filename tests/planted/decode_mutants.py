@@ -14,6 +14,8 @@ _SIZES = "b=2 hq=2 hkv=1 sq=2 sk=40 d=16 fp16 decode"
 _LONG = "b=15 hq=4 hkv=2 sq=1 sk=400 d=16 fp16 decode"
 # The same with as many pieces to merge as a tile has programs, and more.
 _WIDE = "b=15 hq=32 hkv=2 sq=1 sk=400 d=64 fp16 decode"
+# Two tiles of rows of 400 key tiles, which more than 60 programs of an H200 share, and end at the same time.
+_SHARED = "b=1 hq=4 hkv=2 sq=1 sk=6400 d=16 fp16 decode"
 _OFF = r"out\["
 _NAN = r"out\[.* is nan"
 _UNWRITTEN = "of out are not written|is nan|timeout"
@@ -103,7 +105,7 @@ DECODE_MUTANTS = {
 # One program after the other, as in the interpreter, none waits.
 WAITING_MUTANTS = {
     "merged without waiting": _edited(
-        "full", _OFF, ("attn_decode", "while arrived < others", "while arrived < 0"), sizes=_LONG
+        "full", _OFF, ("attn_decode", "while arrived < others", "while arrived < 0"), sizes=_SHARED
     ),
     "a tile's first program merges nothing if it began another": _edited(
         "full",

@@ -10,6 +10,8 @@ CONFIG = HopperDecodeConfig(consumers=2, block_n=64, num_warps=4, num_stages=2)
 _SIZES = "b=2 hq=4 hkv=2 sq=100 sk=1000 d=64 fp16 decode"
 # Tiles of rows of 25 key tiles, some twelve for each program of an H200, which begins and ends inside of one.
 _LONG = "b=15 hq=4 hkv=2 sq=64 sk=1600 d=64 fp16 decode"
+# Four tiles of rows, which more than 30 programs of an H200 share each, and end at the same time.
+_SHARED = "b=1 hq=4 hkv=2 sq=100 sk=40000 d=64 fp16 decode"
 _OFF = r"out\["
 _LOST = "out|timeout|crashed|context is lost|launch failure|illegal"
 
@@ -68,7 +70,7 @@ HOPPER_DECODE_MUTANTS = {
     "one counter for both consumers": _edited("full", _LOST, ("consumer", "tile * 2 + CONSUMER", "tile * 2")),
     "counter not set back": _edited("full", "counters", ("consumer", "gl.store(arrivals, 0)", "gl.store(arrivals, 1)")),
     "merged without waiting": _edited(
-        "full", _OFF, ("consumer", "while arrived < others", "while arrived < 0"), sizes=_LONG
+        "full", _LOST, ("consumer", "while arrived < others", "while arrived < 0"), sizes=_SHARED
     ),
     "a tile's last program to merge, too, if it goes on": _edited(
         "full", _LOST, ("producer", "(last_end == tile_unit + num_parts).to(gl.int32)", "1"), sizes=_LONG
