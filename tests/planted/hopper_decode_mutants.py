@@ -67,7 +67,9 @@ HOPPER_DECODE_MUTANTS = {
     "outputs of the first consumer merged for both": _edited(
         "full", _OFF, ("merge_parts", "(slot * 2 + CONSUMER)", "(slot * 2 + 0 * CONSUMER)")
     ),
-    "one counter for both consumers": _edited("full", _LOST, ("consumer", "tile * 2 + CONSUMER", "tile * 2")),
+    "one counter for both consumers": _edited(
+        "full", f"counters|{_LOST}", ("consumer", "tile * 2 + CONSUMER", "tile * 2")
+    ),
     "counter not set back": _edited("full", "counters", ("consumer", "gl.store(arrivals, 0)", "gl.store(arrivals, 1)")),
     "merged without waiting": _edited(
         "full", _LOST, ("consumer", "while arrived < others", "while arrived < 0"), sizes=_SHARED
