@@ -69,3 +69,12 @@ def _isolated_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         patch.delenv("FLASHGEN_REGISTRY", raising=False)
         patch.delenv("FLASHGEN_INTERPRET", raising=False)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Importing it takes seconds: those who interpret have.
+        if "triton.runtime.interpreter" in sys.modules:
+            _module("quick_interpreter").install(patch)
+        yield
