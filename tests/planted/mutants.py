@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -67,6 +68,8 @@ def planted(mutant: Mutant) -> Iterator[None]:
     """
     unused = set(mutant.edits)
 
+    # Once for all shapes: hashing code takes a tenth of a second.
+    @functools.cache
     def mutated(spec: AttentionSpec, config: KernelConfig) -> RenderedKernel:
         rendered = render(spec, config)
         source = rendered.source
