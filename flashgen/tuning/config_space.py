@@ -46,10 +46,13 @@ class ConfigSpace:
         unique = tuple(dict.fromkeys(configs))
         if not unique:
             raise ConfigError("a study needs legal configs, got none")
-        rows = [config.as_dict() for config in unique]
-        names = dict.fromkeys(name for row in _one_of_each(rows) for name in row)
+        # One of each template says what there is: a dictionary of each config takes a second where there are many.
+        one_of_each = {config.template: config for config in unique}
+        names = dict.fromkeys(name for config in one_of_each.values() for name in config.as_dict())
+        rows = [vars(config) for config in unique]
         choices = {name: sorted_values({row.get(name, ABSENT) for row in rows}) for name in names}
-        if len(choices[TEMPLATE]) == 1:
+        choices[TEMPLATE] = sorted_values(one_of_each.keys())
+        if len(one_of_each) == 1:
             del choices[TEMPLATE]
         return cls(configs=unique, choices=choices)
 
@@ -62,10 +65,15 @@ class ConfigSpace:
         """Return what `suggest_config` suggests each number from."""
         return {name: CategoricalDistribution(values) for name, values in self.choices.items()}
 
+    @functools.cached_property
+    def keys(self) -> tuple[Values, ...]:
+        """The key of each config, in their order."""
+        return tuple(map(self.key, self.configs))
+
     def key(self, config: KernelConfig) -> Values:
         """Return the values of `config`, in the order of `choices`."""
         numbers = {**vars(config), TEMPLATE: config.template}
-        return tuple(numbers.get(name, ABSENT) for name in self.choices)
+        return tuple([numbers.get(name, ABSENT) for name in self.choices])
 
     def config(self, values: typing.Mapping[str, Scalar]) -> KernelConfig:
         """Return the config that has these values, by name; the inverse of `key`."""
@@ -79,6 +87,11 @@ class ConfigSpace:
             place if (place := places.get(value)) is not None else _place(values, value)
             for places, values, value in axes
         )
+
+    def all_coordinates(self) -> list[tuple[int, ...]]:
+        """Return the coordinates of each config, in their order."""
+        columns = zip(self._places, zip(*self.keys, strict=True), strict=True)
+        return list(zip(*([places[value] for value in values] for places, values in columns), strict=True))
 
     @functools.cached_property
     def _places(self) -> tuple[dict[Scalar, int], ...]:
@@ -99,11 +112,6 @@ def are_words(space: ConfigSpace) -> list[bool]:
 def sorted_values(values: typing.AbstractSet[Scalar]) -> Values:
     """Return numbers in order, then words."""
     return tuple(sorted(values, key=lambda value: (isinstance(value, str), value)))
-
-
-def _one_of_each(rows: typing.Iterable[dict[str, Scalar]]) -> list[dict[str, Scalar]]:
-    """Return one row of each template."""
-    return list({row[TEMPLATE]: row for row in rows}.values())
 
 
 def _place(values: Values, value: Scalar) -> int:

@@ -18,10 +18,9 @@ def boxes_of(space: ConfigSpace, rng: random.Random) -> list[list[Values]]:
     """
     words = are_words(space)
     found: dict[str, dict[Values, list[Values]]] = {}
-    for config in space.configs:
-        key = space.key(config)
+    for config, key in zip(space.configs, space.keys, strict=True):
         boxes = found.setdefault(config.template, {})
-        boxes.setdefault(tuple(value for value, word in zip(key, words, strict=True) if word), []).append(key)
+        boxes.setdefault(tuple(itertools.compress(key, words)), []).append(key)
     shuffled = [rng.sample(list(boxes.values()), len(boxes)) for boxes in found.values()]
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
     return [[sorted_values(set(axis)) for axis in zip(*keys, strict=True)] for keys in in_turn if keys]

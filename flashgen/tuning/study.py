@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import operator
 import typing
 
 import optuna
@@ -221,7 +222,8 @@ class ProblemStudy:
 def _study_name(problem: Problem, target: GpuTarget, how: str, configs: typing.Sequence[KernelConfig]) -> str:
     # The code and the legal list are part of the name: other code, or other choices, is another search.
     digests = sorted({render(problem.spec, config).digest for config in _varied(problem, configs)})
-    identity = json.dumps([digests, [list(config.as_dict().values()) for config in configs]])
+    numbers = _getters(configs, lambda config: config.as_dict())
+    identity = json.dumps([digests, [numbers[config.template](config) for config in configs]])
     return f"{problem} | {target.device_name} | {how} | {hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
@@ -230,8 +232,13 @@ def _varied(problem: Problem, configs: typing.Sequence[KernelConfig]) -> list[Ke
 
     There are hundreds of structures, and each takes time to digest; code that changes does so in one of these.
     """
-    kernels = dict.fromkeys(config.kernel() for config in configs)
-    different = {make_plan(problem.spec, config): config for config in reversed(kernels)}
+    numbers = _getters(configs, lambda config: config.as_dict().keys() - config.at_rest.keys())
+    kernels: dict[object, KernelConfig] = {}
+    for config in configs:
+        kernels.setdefault(numbers[config.template](config), config)
+    different = {
+        make_plan(problem.spec, config): config for config in map(KernelConfig.kernel, reversed(kernels.values()))
+    }
     seen: set[tuple[tuple[str, Scalar], ...]] = set()
     kept: list[KernelConfig] = []
     for config in different.values():
@@ -240,3 +247,11 @@ def _varied(problem: Problem, configs: typing.Sequence[KernelConfig]) -> list[Ke
             seen |= pairs
             kept.append(config)
     return kept
+
+
+def _getters(
+    configs: typing.Iterable[KernelConfig], names_of: typing.Callable[[KernelConfig], typing.Iterable[str]]
+) -> dict[str, typing.Callable[[KernelConfig], object]]:
+    """Return for each template what reads these numbers of a config: a dictionary of each takes seconds."""
+    one_of_each = {config.template: config for config in configs}
+    return {template: operator.attrgetter(*names_of(config)) for template, config in one_of_each.items()}
