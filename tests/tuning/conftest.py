@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from flashgen.codegen import KernelConfig
-from flashgen.spec import Problem, parse_problem
-from flashgen.target import named_target
+from flashgen.search_space import LegalSpace, SearchSpace, load_space
+from flashgen.spec import AttentionSpec, Problem, parse_problem
+from flashgen.target import GpuTarget, named_target
 from flashgen.tuning.choices import find_choices
 from flashgen.tuning.effort import EFFORTS, Effort
 from flashgen.tuning.events import Observer, SilentObserver, TuneReport
@@ -136,6 +137,20 @@ print("interrupted" if report.interrupted else "done", len(report.files), flush=
 @functools.cache
 def _seeds(problem: Problem) -> tuple[KernelConfig, ...]:
     return find_choices(problem, H200, EFFORTS["full"]).seeds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_legal_space_once() -> Iterator[None]:
+    # A second or more of work: most runs here tune one problem, and nearly all one of a few.
+    legal = SearchSpace.legal
+
+    @functools.cache
+    def legal_once(template: str, spec: AttentionSpec, target: GpuTarget) -> LegalSpace:
+        return legal(load_space(template), spec, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SearchSpace, "legal", lambda space, spec, target: legal_once(space.template, spec, target))
+        yield
 
 
 @pytest.fixture
