@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -51,6 +52,8 @@ KERNELS: dict[str, tuple[str, HopperConfig]] = {
 MOST_SPILLS = 64
 
 
+# Each takes seconds, and several tests look at one.
+@functools.cache
 def _compile(words: str, config: KernelConfig) -> CompiledKernel:
     spec = parse_problem(f"h=1 s=1 {words}").spec
     assert check_config(config, spec, H200) == ()
@@ -117,8 +120,9 @@ def test_held_exponentials_are_not_after_the_wait(release: Release) -> None:
 
 def test_named_barriers_are_those_that_triton_leaves() -> None:
     taken: set[int] = set()
-    for consumers in (1, 2, 3):
-        ptx = _compile("d=64 causal bf16", dataclasses.replace(BASE, consumers=consumers)).entries[0].handle.asm["ptx"]
+    # Of each number of consumers.
+    for name in ("table", "heads", "packed"):
+        ptx = _compile(*KERNELS[name]).entries[0].handle.asm["ptx"]
         # One for the threads of each role, and one for all of the program; ours are in registers.
         taken |= set(map(int, re.findall(r"bar(?:rier)?\.sync\s+(\d+)", ptx)))
     assert {0, 1, 2} <= taken
