@@ -175,9 +175,9 @@ def _show_standings(comparisons: typing.Sequence[Comparison]) -> None:
     rows = [
         (
             str(comparison.problem),
-            _rate(comparison, OURS),
+            comparison.rate(OURS),
             best,
-            _rate(comparison, best),
+            comparison.rate(best),
             f"{comparison.speed_to(best):.2f}x",
         )
         for comparison in comparisons
@@ -190,13 +190,6 @@ def _show_standings(comparisons: typing.Sequence[Comparison]) -> None:
     print_table(columns, rows, numeric=numeric)
     means = [(name, f"{mean:.3f}x", str(count)) for name, (mean, count) in geometric_means(comparisons).items()]
     print_table(("peer", "geometric mean of the speed to it", "problems"), means, numeric=("problems",))
-
-
-def _rate(comparison: Comparison, name: str) -> str:
-    """Return the rate of an implementation: of decoding, which bytes bound, in TB/s."""
-    if comparison.problem.spec.phase == "decode":
-        return f"{comparison.tbps(name):.2f} TB/s"
-    return f"{comparison.tflops(name):.1f} TFLOP/s"
 
 
 def _show_steps(comparisons: typing.Sequence[Comparison]) -> None:

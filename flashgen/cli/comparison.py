@@ -23,6 +23,7 @@ from flashgen.measure import (
     Timing,
     benchmark,
     count_visible,
+    floor_us,
     host_time_us,
     random_extras,
     random_inputs,
@@ -79,6 +80,13 @@ class Comparison:
     def tbps(self, name: str) -> float:
         """Return the TB/s of an implementation that was timed, each input and output counted once."""
         return tbps(self.problem, self.timings[name].median_us)
+
+    def rate(self, name: str) -> str:
+        """Return the rate of an implementation that was timed, in TFLOP/s or, of decoding that bytes bound, in TB/s."""
+        in_bytes = (
+            self.problem.spec.phase == "decode" and floor_us(self.problem, self.selection.target).bound == "memory"
+        )
+        return f"{self.tbps(name):.2f} TB/s" if in_bytes else f"{self.tflops(name):.1f} TFLOP/s"
 
     def speed_to(self, name: str) -> float | None:
         """Return a peer's time over flashgen's, above 1 where flashgen is faster; None if one was not timed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 from collections.abc import Sequence
@@ -88,6 +89,13 @@ def test_rates_of_decoding_are_shown_in_bytes(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert "TB/s" in shown.split("fastest peer")[0]
     assert "TB/s" in shown.split("fastest peer")[1]
+
+
+def test_a_chunk_that_products_bound_is_rated_by_them() -> None:
+    few = compared("fp16", reference_peer())
+    chunk = parse_problem("b=1 hq=64 hkv=8 sq=256 sk=131072 d=128 causal bf16 decode")
+    assert few.rate(OURS).endswith(" TB/s")
+    assert dataclasses.replace(few, problem=chunk).rate(OURS).endswith(" TFLOP/s")
 
 
 @pytest.mark.gpu
