@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from flashgen.codegen import (
+    HopperDecodeConfig,
     HopperForwardConfig,
     RenderedKernel,
     TritonBackwardConfig,
@@ -105,6 +106,16 @@ BACKWARD: dict[str, tuple[dict[str, typing.Any], QueryGradient, Loads, Loops]] =
 }  # fmt: skip
 
 # What differs from a full mask of bf16, and from two consumers of 128 keys at a time.
+HOPPER_DECODE: dict[str, tuple[dict[str, typing.Any], dict[str, typing.Any]]] = {
+    "causal": ({"mask": parse_mask("causal")}, {"queries": "registers", "release": "named", "rescale": 8}),
+    "pages": (
+        {
+            "mask": parse_mask("sliding_window(100,0)"), "lse": True, "sinks": True, "alibi": True, "softcap": True,
+            "page_size": 256,
+        },
+        {"pack": "heads", "loops": "single"},
+    ),
+}  # fmt: skip
 HOPPER: dict[str, tuple[dict[str, typing.Any], dict[str, typing.Any]]] = {
     "full": ({}, {"queries": "registers", "turns": "alternate"}),
     "full_one_consumer": ({"lse": True}, {"consumers": 1, "programs": 2, "block_n": 64}),
@@ -202,6 +213,13 @@ def rendered_hopper(changes: dict[str, typing.Any], numbers: dict[str, typing.An
     )
 
 
+def rendered_hopper_decode(changes: dict[str, typing.Any], numbers: dict[str, typing.Any]) -> RenderedKernel:
+    spec = AttentionSpec(**{"dtype": DType.BF16, "head_dim_qk": 128, "head_dim_v": 128, "phase": "decode", **changes})
+    return render(
+        spec, HopperDecodeConfig(**{"consumers": 2, "block_n": 128, "num_warps": 4, "num_stages": 2, **numbers})
+    )
+
+
 def _all_kernels() -> dict[str, RenderedKernel]:
     found = {
         f"forward_{name}_{loads}{'_lse' * lse}.py": rendered(loads, mask=parse_mask(text), lse=lse)
@@ -217,6 +235,7 @@ def _all_kernels() -> dict[str, RenderedKernel]:
         found |= {f"feature_{name}_{load}.py": rendered(load, **changes) for load in loads}
     found |= {f"backward_{name}.py": rendered_backward(*how) for name, how in BACKWARD.items()}
     found |= {f"decode_{name}.py": rendered_decode(*how) for name, how in DECODE.items()}
+    found |= {f"decode_hopper_{name}.py": rendered_hopper_decode(*how) for name, how in HOPPER_DECODE.items()}
     found |= {f"hopper_{name}.py": rendered_hopper(*how) for name, how in HOPPER.items()}
     return found
 
@@ -287,14 +306,14 @@ def test_source_says_where_it_comes_from_and_not_when(name: str) -> None:
     docstring = ast.get_docstring(ast.parse(KERNELS[name].source))
     assert docstring is not None
     phase = KERNELS[name].plan.spec.phase
-    is_hopper = name.startswith("hopper")
-    assert f"templates/{'gluon/hopper_forward' if is_hopper else f'triton/{phase}'}.py.jinja" in docstring
+    family = "gluon/hopper" if name.startswith(("hopper", "decode_hopper")) else "triton"
+    assert f"templates/{family}{'_' if '/' in family else '/'}{phase}.py.jinja" in docstring
     assert f"{KERNELS[name].plan.mask.title} mask" in docstring
     for key, text in PLAIN_MASKS.items():
         if re.fullmatch(rf"forward_{key}_(pointer|descriptor)(_lse)?\.py", name):
             assert f"{text} mask" in docstring
     plan = KERNELS[name].plan
-    assert is_hopper or ("descriptor loads" if plan.descriptor else "pointer loads") in docstring
+    assert family != "triton" or ("descriptor loads" if plan.descriptor else "pointer loads") in docstring
     assert ("with lse" in docstring) == plan.spec.lse
     assert phase != "backward" or f"dQ by {BACKWARD[name[9:-3]][1]}" in docstring
     assert ("with score_mod" in docstring) == (plan.spec.score_mod is not None)
