@@ -43,6 +43,9 @@ from flashgen.primitives.hopper_decode import (
 # holds softmax_scale * log2(e), and lse is turned back to natural log at the end.
 # Tiles are numbered along the keys, and walked from the last. Counts of uses, of tiles
 # (turn) and of steps over the keys (step), say which buffer of a ring is next.
+# A unit is `unit_tiles` key tiles of a tile of rows. Teams of `lanes` programs take units in
+# order, over sequences; each program of a team has tiles of its own, and the same keys as
+# the others. Units of one tile that follow each other in a program are its part of the tile.
 
 
 @triton.jit
