@@ -9,16 +9,18 @@ import typing
 import pytest
 import torch
 
-from flashgen.codegen import KernelResources, TritonDecodeConfig
+from flashgen.codegen import HopperDecodeConfig, KernelResources, TritonDecodeConfig
 from flashgen.errors import InputError
-from flashgen.launch import decode, poison_scratch
-from flashgen.launch.decode_grid import DecodeGrid, decode_grid, waits_for_each_other
+from flashgen.launch import DecodeOperands, decode, poison_scratch
+from flashgen.launch.decode_grid import DecodeGrid, decode_grid, num_counters, num_tiles, waits_for_each_other
 from flashgen.launch.kernel import LaunchAttributes
+from flashgen.launch.operands import Layout4D
 from flashgen.spec import Shape, parse_problem
 from flashgen.target import named_target
 
 H200 = named_target("H200")
 CONFIG = TritonDecodeConfig(block_m=16, block_n=64, num_warps=4, num_stages=3, programs=1)
+HOPPER = HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
 
 
 def shape(sizes: str) -> Shape:
@@ -86,6 +88,54 @@ def test_programs_wait_for_each_other_where_all_run_at_once(
     resources = KernelResources(registers=128, spills=0, smem_bytes=smem_bytes)
     grid = DecodeGrid(programs=programs, splits=0, lanes=1)
     assert waits_for_each_other(grid, CONFIG, resources, named_target(name)) is waits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "numbers", "tiles", "counters", "programs", "lanes"),
+    [
+        # Each consumer's rows are merged by themselves: one counter for each.
+        ("b=1 hq=64 hkv=8 sq=256 sk=131072", {}, 128, 256, 128, 128),
+        ("b=1 hq=16 hkv=8 sq=256 sk=131072", {}, 32, 64, 128, 32),
+        ("b=1 hq=16 hkv=8 sq=256 sk=131072", {"pack": "heads"}, 32, 64, 128, 32),
+        ("b=3 hq=8 hkv=2 sq=65 sk=4096", {"consumers": 1, "programs": 2}, 48, 48, 256, 16),
+        ("b=1 hq=8 hkv=8 sq=100 sk=128", {}, 8, 16, 8, 8),
+    ],
+)
+def test_tiles_of_hopper_have_rows_of_one_head_or_of_several(
+    sizes: str, numbers: dict[str, typing.Any], tiles: int, counters: int, programs: int, lanes: int
+) -> None:
+    config, asked = dataclasses.replace(HOPPER, **numbers), shape(sizes)
+    assert (num_tiles(asked, config), num_counters(asked, config)) == (tiles, counters)
+    assert decode_grid(asked, config, 0, 132) == DecodeGrid(programs=programs, splits=0, lanes=lanes)
+
+
+@pytest.mark.parametrize(("consumers", "registers", "waits"), [(2, 168, True), (3, 128, True), (3, 168, False)])
+def test_the_producer_of_hopper_takes_registers_too(consumers: int, registers: int, waits: bool) -> None:
+    resources = KernelResources(registers=registers, spills=0, smem_bytes=100_000)
+    config = dataclasses.replace(HOPPER, consumers=consumers)
+    assert waits_for_each_other(DecodeGrid(programs=132, splits=0, lanes=1), config, resources, H200) is waits
+
+
+def test_hopper_reads_caches_whose_entries_are_whole_rows() -> None:
+    spec = parse_problem("hq=8 hkv=2 sq=64 sk=512 d=64 fp16 decode").spec
+
+    def layout(*stride: int, rows: int = 512) -> Layout4D:
+        return Layout4D(size=(3, 2, rows, 64), stride=(*stride, 1))
+
+    q = Layout4D(size=(3, 8, 64, 64), stride=(32768, 64, 512, 1))
+    rows, heads = layout(512 * 128, 64, 128), layout(512 * 128, 512 * 64, 64)
+
+    def refusal(config: HopperDecodeConfig = HOPPER, **layouts: Layout4D) -> str:
+        operands = DecodeOperands(**{"q": q, "k": rows, "v": heads, "out": q, **layouts})
+        return operands.refusal(config, spec) or ""
+
+    assert refusal() == ""
+    assert refusal(dataclasses.replace(HOPPER, pack="heads")) == ""
+    assert "the group has 4" in refusal(dataclasses.replace(HOPPER, consumers=3, pack="heads"))
+    assert "the v cache has 65544 elements an entry, no multiple of the 128" in refusal(v=layout(65544, 64, 128))
+    assert "whole 16 bytes, k has" in refusal(k=layout(512 * 128, 64, 132))
+    assert "whole 16 bytes, q has" in refusal(q=dataclasses.replace(q, stride=(32768, 60, 512, 1)))
+    assert "reach 1073741824 tokens, k has 3221225472" in refusal(k=layout(2**30 * 128, 64, 128, rows=2**30))
 
 
 class Handle:
