@@ -123,6 +123,11 @@ def test_a_config_may_be_of_any_template_of_the_phase() -> None:
     assert short_config(dataclasses.replace(config, pack="heads", tail_heads=0, turns="free")) == (
         "hopper 2x64 n64 s2 heads registers late rescale8 g4"
     )
+    chunk = [parse_problem("hq=8 hkv=2 sq=64 sk=640 d=64 decode")]
+    decoding = parse_config(f"{GLUON.replace('forward', 'decode')} pack=heads release=named min_blocks=4", chunk)
+    assert decoding is not None
+    assert short_config(decoding) == "hopper 2x64 n64 s2 heads named b4"
+    assert parse_config(str(decoding), chunk) == decoding
     with pytest.raises(ConfigError, match="cannot run backward problems: they take triton/backward"):
         parse_config(GLUON, [parse_problem(f"{SMALL} backward")])
     with pytest.raises(ConfigError, match="cannot run forward problems: they take triton/forward or gluon/hopper"):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from flashgen.codegen import HopperDecodeConfig
 from flashgen.codegen.config import TritonDecodeConfig
 from flashgen.measure import floor_us, predict_us
 from flashgen.spec import Problem, parse_problem
@@ -58,3 +59,28 @@ def test_deeper_pipelines_and_more_programs_hide_latency() -> None:
     problem = decode(4, 8192)
     assert predicted_us(problem, num_stages=1) > predicted_us(problem, num_stages=3)
     assert predicted_us(problem, programs=1, num_stages=1) > predicted_us(problem, programs=2, num_stages=1)
+
+
+def hopper_us(problem: Problem, **numbers: object) -> float:
+    config = HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
+    changed = dataclasses.replace(config, **numbers)  # type: ignore[arg-type]
+    return predict_us(problem, H200, changed, 168, 4 * 128 * 128 * 2 + 2 * 64 * 128 * 2).us
+
+
+def test_chunks_are_for_the_kernel_with_roles() -> None:
+    chunk = parse_problem("b=1 hq=32 hkv=8 sq=256 sk=131072 d=128 causal decode bf16")
+    assert floor_us(chunk, H200).us < hopper_us(chunk) < predicted_us(chunk, block_m=64, num_warps=4)
+    # Twice the heads take twice the time, and one consumer leaves its multiprocessor's other registers idle.
+    twice = dataclasses.replace(chunk, shape=dataclasses.replace(chunk.shape, nheads_q=64))
+    assert 1.8 < hopper_us(twice) / hopper_us(chunk) < 2.1
+    assert hopper_us(chunk, consumers=1) > hopper_us(chunk)
+
+
+def test_parts_of_hopper_cost_their_merging() -> None:
+    short = parse_problem("b=1 hq=8 hkv=8 sq=128 sk=2048 d=128 causal decode bf16")
+    whole = hopper_us(short, min_blocks=16)
+    assert hopper_us(short, min_blocks=4) < whole
+    assert hopper_us(short, min_blocks=1) > hopper_us(short, min_blocks=2) - 1
+    assert math.isinf(
+        predict_us(short, H200, HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=2), 168, 10**9).us
+    )

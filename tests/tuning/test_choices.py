@@ -26,6 +26,7 @@ from flashgen.tuning import choices
 from flashgen.tuning.awkward import awkward_for
 from flashgen.tuning.choices import find_choices
 from flashgen.tuning.effort import EFFORTS, Effort
+from flashgen.tuning.variants import confirmed_variant
 
 H200 = named_target("H200")
 CAUSAL = parse_problem("b=4 h=16 s=4096 d=128 causal bf16")
@@ -205,6 +206,32 @@ def test_tiles_of_decoding_are_not_mostly_empty(sizes, most):
     assert found.default == found.seeds[0] == default_configs(problem, H200)[0]
     assert set(found.seeds) <= set(found.configs)
     assert len(set(found.configs)) == len(found.configs)
+
+
+def test_kernels_that_append_are_confirmed_appending():
+    problem = parse_problem("b=1 hq=8 hkv=2 sq=64 sk=4096 d=64 causal bf16 decode")
+    portable, hopper = (
+        next(config for config in default_configs(problem, H200) if config.template == template)
+        for template in ("triton/decode", "gluon/hopper_decode")
+    )
+    appended, read = (confirmed_variant(problem.spec, config) for config in (portable, hopper))
+    assert (appended.append, appended.rotary, appended.lse, appended.page_size) == (True, "halves", True, 256)
+    assert (read.append, read.rotary, read.lse, read.page_size) == (False, "", True, 256)
+    for config, spec in ((portable, appended), (hopper, read)):
+        assert not check_config(config, spec, H200)
+
+
+def test_hopper_decodes_shapes_that_its_tiles_divide_and_parts_that_end_inside():
+    problem = parse_problem("b=1 hq=32 hkv=8 sq=256 sk=4096 d=64 causal bf16 decode")
+    hopper = next(config for config in default_configs(problem, H200) if config.template == "gluon/hopper_decode")
+    packed = dataclasses.replace(hopper, pack="heads")
+    shapes, of_packed = awkward_for(problem, hopper), awkward_for(problem, packed)
+    # Tiles of 128 queries of a head, whatever the group, and of two heads groups that two divides.
+    assert any(shape.seqlen_q == 129 for shape in shapes)
+    assert {shape.group for shape in shapes} >= {1, 3, 4, 6, 8}
+    assert {shape.group % 2 for shape in of_packed} == {0}
+    assert shapes[-1].seqlen_q > hopper.block_m
+    assert shapes[-1].batch > 32
 
 
 @pytest.mark.parametrize(("queries", "rows"), [(16, set()), (31, {64}), (64, {64, 128}), (256, {64, 128, 192})])
