@@ -148,17 +148,6 @@ class DecodePlan(KernelPlan):
         return ("HEAD_DIM_V", *(tile.block for tile in self.v_tiles), "BLOCK_M")
 
     @property
-    def part_arguments(self) -> tuple[str, ...]:
-        """What `sequence_parts` takes beyond the sequences that it is asked about."""
-        spec = self.spec
-        return (
-            *("SEQLEN_Q", "splits", "min_blocks", "BLOCK_N", "cache_seqlens_ptr"),
-            *(("seqlen_new",) if spec.append else ()),
-            *(("cache_leftpad_ptr",) if spec.leftpad else ()),
-            *self.mask.bounds_arguments,
-        )
-
-    @property
     def loop_arguments(self) -> tuple[tuple[str, str], ...]:
         """What the loop over the keys of the cache takes, by its name there, and what the kernel gives it."""
         spec = self.spec
@@ -251,11 +240,6 @@ class DecodePlan(KernelPlan):
         if self.mask.left_edge:
             return f"start, {'_' if self.one_loop else 'full_start'}, {full}, end"
         return f"{full}, end"
-
-    @property
-    def sequence_bounds(self) -> str:
-        """What `kv_bounds` returns for all rows of a sequence."""
-        return "start, _, _, end" if self.mask.left_edge else "_, end"
 
     @property
     def loops(self) -> tuple[tuple[str, str, str, str], ...]:

@@ -59,6 +59,11 @@ class HopperConfig(KernelConfig):
     def blocks(self) -> tuple[tuple[int, int], ...]:
         return ((self.block_m, self.block_n),)
 
+    @property
+    def warps_of_program(self) -> int:
+        # The producer, one warp, takes the place of a consumer.
+        return self.num_warps * (self.consumers + 1)
+
     def launch_options(self, entry_point: str) -> LaunchOptions:
         # The registers that every thread starts with; consumers then take what the producer gives up.
         return LaunchOptions(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self._registers_at_start)

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from flashgen.codegen.arguments import side_pointer_types
-from flashgen.codegen.head_tiles import name_tiles, tile_widths
-from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, HopperDecodeConfig
-from flashgen.codegen.hopper_plan import HEAD_TILES, HopperForwardPlan
-from flashgen.codegen.mask_plan import plan_mask
-from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
-from flashgen.codegen.signature import SCORE_PREFIX, capture_types
+from flashgen.codegen.hopper_config import HopperDecodeConfig
+from flashgen.codegen.hopper_plan import HopperForwardPlan, shared_fields
 from flashgen.spec import AttentionSpec
 
 # Of a part of a tile, in the order in which they are handed out.
@@ -32,13 +27,8 @@ class HopperDecodePlan(HopperForwardPlan):
         return name.startswith(("k", "v"))
 
     @property
-    def copies_out(self) -> bool:
-        """Never: rows are merged in another layout than they are computed in, and written as they are."""
-        return False
-
-    @property
     def out_buffers(self) -> tuple[str, ...]:
-        """None."""
+        """None: rows are merged in another layout than they are computed in, and written as they are."""
         return ()
 
     @property
@@ -81,17 +71,6 @@ class HopperDecodePlan(HopperForwardPlan):
         return False
 
     @property
-    def part_arguments(self) -> tuple[str, ...]:
-        """What `sequence_parts` takes beyond the sequences that it is asked about."""
-        names = ("SEQLEN_Q", "splits", "min_blocks", "BLOCK_N", "cache_seqlens_ptr")
-        return (*names, *self.mask.bounds_arguments)
-
-    @property
-    def sequence_bounds(self) -> str:
-        """What `kv_bounds` returns for all rows of a sequence."""
-        return "start, _, _, end" if self.mask.left_edge else "_, end"
-
-    @property
     def _page_arguments(self) -> tuple[str, ...]:
         spec = self.spec
         entry = ("cache_batch_idx_ptr",) if spec.batch_idx else ()
@@ -102,13 +81,7 @@ class HopperDecodePlan(HopperForwardPlan):
         """What the producer takes beyond the rings."""
         copied = [name for name in self.arguments if name.endswith("_desc")]
         names = (
-            "batch",
-            "nheads_q",
-            "group",
-            "rows_k",
-            "rows_v",
-            "lanes",
-            "waits",
+            *("batch", "nheads_q", "group", "rows_k", "rows_v", "lanes", "waits"),
             *self.part_arguments,
             *self._page_arguments,
         )
@@ -140,9 +113,9 @@ class HopperDecodePlan(HopperForwardPlan):
         return tuple(sorted({*super().primitives, "RAGGED"} - {"store_wait", "write_tile"}))
 
     @property
-    def decode_primitives(self) -> tuple[str, ...]:
-        """What the source imports from `flashgen.primitives.hopper_decode`."""
-        return ("add", "meet", "row_layout")
+    def imports(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """What the source imports, by modules of `flashgen.primitives`."""
+        return (*super().imports, ("hopper_decode", ("add", "meet", "row_layout")))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -159,42 +132,13 @@ class HopperDecodePlan(HopperForwardPlan):
 def make_hopper_decode_plan(spec: AttentionSpec, config: HopperDecodeConfig) -> HopperDecodePlan:
     """Return the structure of the decode kernel for Hopper that `spec` and `config` ask for."""
     spec = spec.structure()
-    mask = plan_mask(spec.mask)
-    widths_qk, widths_v = tile_widths(spec, HEAD_TILES)
-    qk_tiles = name_tiles("BLOCK_DQK", "HEAD_DIM_QK", widths_qk)
-    v_tiles = name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v)
-    score = spec.score_mod
-    score_arguments = mod_arguments(score, SCORE_PREFIX) if score else ()
-    tiles = {"q": qk_tiles, "k": qk_tiles, "v": v_tiles}
-    words = [f"{mask.title} mask"]
-    words += ["with lse"] * spec.lse
-    words += [f"with {feature}" for feature in (*(("score_mod",) if score else ()), *spec.features)]
+    fields = shared_fields(spec, config)
+    tiles = {"q": fields["qk_tiles"], "k": fields["qk_tiles"], "v": fields["v_tiles"]}
     return HopperDecodePlan(
-        title=f"attn_decode: {' '.join(words)}, {config.consumers} consumer{'s' if config.consumers > 1 else ''}.",
-        template=config.template,
-        entry_point="attn_decode",
-        spec=spec,
-        descriptor=True,
-        single_loop=False,
-        mask=mask,
-        score_arguments=score_arguments,
-        score_lines=mod_lines(score, SCORE_PREFIX) if score else (),
-        division_helpers=mask.division_helpers | (division_helpers(score) if score else frozenset()),
-        pointer_types=tuple(sorted((side_pointer_types(spec) | capture_types(spec)).items())),
-        dot_options="",
-        consumers=config.consumers,
-        heads_of_tile=config.heads_of_tile,
-        queries=config.queries,
-        turns=config.turns,
-        convert=config.convert,
-        rescales_rarely=config.rescale > 0,
+        **fields,
         out_buffer="own",
         diagonal="whole",
         tiles="parts",
-        release=config.release,
-        one_loop=config.loops == "single" and mask.title != "full",
-        qk_tiles=qk_tiles,
-        v_tiles=v_tiles,
         arguments=(
             *(f"{name}{tile.suffix}_desc" for name, many in tiles.items() for tile in many),
             *("out_ptr", *(("lse_ptr",) if spec.lse else ()), *(f"stride_o{axis}" for axis in "zhm")),
@@ -205,27 +149,7 @@ def make_hopper_decode_plan(spec: AttentionSpec, config: HopperDecodeConfig) -> 
             *(("sinks_ptr",) if spec.sinks else ()),
             *(("page_table_ptr", "step_pages") if spec.page_size else ()),
             *(("cache_batch_idx_ptr",) if spec.batch_idx else ()),
-            *score_arguments,
-            *mask.arguments,
+            *fields["score_arguments"],
+            *fields["mask"].arguments,
         ),
     )
-
-
-def hopper_decode_constants(spec: AttentionSpec, config: HopperDecodeConfig) -> dict[str, int]:
-    """Return the value of every compile-time argument, by name."""
-    consumer, producer = config.role_registers
-    values = {
-        "ROWS": ROWS_OF_CONSUMER,
-        "BLOCK_N": config.block_n,
-        "NUM_STAGES": config.num_stages,
-        "RESCALE_AT": config.rescale,
-        "CONSUMER_REGISTERS": consumer,
-        "PRODUCER_REGISTERS": producer,
-        "HEAD_DIM_V": spec.head_dim_v,
-        "PAGE_SIZE": spec.page_size,
-    }
-    for block, widths in zip(("BLOCK_DQK", "BLOCK_DV"), tile_widths(spec, HEAD_TILES), strict=True):
-        for suffix, width in zip(("", "_1"), widths, strict=False):
-            values[f"{block}{suffix}"] = width
-    names = make_hopper_decode_plan(spec, config).constants
-    return {name: values[name] for name in names}

@@ -209,7 +209,7 @@ class HopperNames(KernelPlan):
 
     @property
     def out_buffers(self) -> tuple[str, ...]:
-        """What a consumer takes to copy its output."""
+        """What a consumer takes to copy its output through shared memory, if it does."""
         return tuple(f"out{tile.suffix}_{what}" for tile in self.v_tiles for what in ("smem", "desc"))
 
     @property

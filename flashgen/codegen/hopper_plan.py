@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 from flashgen.codegen.arguments import side_pointer_types
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.head_tiles import name_tiles, tile_widths
-from flashgen.codegen.hopper_config import ROWS_OF_CONSUMER, Convert, HopperForwardConfig, Queries, Turns, Walk
+from flashgen.codegen.hopper_config import (
+    ROWS_OF_CONSUMER,
+    Convert,
+    HopperConfig,
+    HopperForwardConfig,
+    Queries,
+    Turns,
+    Walk,
+)
 from flashgen.codegen.hopper_names import HopperNames
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
@@ -17,6 +26,8 @@ from flashgen.spec.masks import Causal, PrefixLM
 
 # Head dimensions are cut where two tiles are narrower than one: a wider tile costs shared memory and registers.
 HEAD_TILES = 2
+
+_ENTRY_POINTS = {"forward": "attn_fwd", "decode": "attn_decode"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,14 +137,9 @@ class HopperForwardPlan(HopperNames):
         return tuple(sorted(names | ({"RAGGED"} if self.spec.varlen else set())))
 
     @property
-    def copies_out(self) -> bool:
-        """Whether the output leaves by bulk copies, through shared memory."""
-        return True
-
-    @property
-    def decode_primitives(self) -> tuple[str, ...]:
-        """What the source imports from `flashgen.primitives.hopper_decode`."""
-        return ()
+    def imports(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """What the source imports, by modules of `flashgen.primitives`."""
+        return (("hopper", self.primitives),)
 
     @property
     def own_keys(self) -> bool:
@@ -171,46 +177,53 @@ class HopperForwardPlan(HopperNames):
         return tuple(f"{name}.py.jinja" for name, wanted in parts if wanted)
 
 
-def make_hopper_plan(spec: AttentionSpec, config: HopperForwardConfig) -> HopperForwardPlan:
-    """Return the structure of the forward kernel for Hopper that `spec` and `config` ask for."""
-    spec = spec.structure()
+def shared_fields(spec: AttentionSpec, config: HopperConfig) -> dict[str, typing.Any]:
+    """Return what the plans of both phases have in common, by field; `spec` is a structure."""
     mask = plan_mask(spec.mask)
     widths_qk, widths_v = tile_widths(spec, HEAD_TILES)
-    qk_tiles = name_tiles("BLOCK_DQK", "HEAD_DIM_QK", widths_qk)
-    v_tiles = name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v)
     score = spec.score_mod
-    score_arguments = mod_arguments(score, SCORE_PREFIX) if score else ()
-    tiles = {"q": qk_tiles, "k": qk_tiles, "v": v_tiles, "out": v_tiles}
+    entry_point = _ENTRY_POINTS[config.phase]
     words = [f"{mask.title} mask"]
     words += ["with lse"] * spec.lse
     words += [f"with {feature}" for feature in (*(("score_mod",) if score else ()), *spec.features)]
-    return HopperForwardPlan(
-        title=f"attn_fwd: {' '.join(words)}, {config.consumers} consumer{'s' if config.consumers > 1 else ''}.",
-        template=config.template,
-        entry_point="attn_fwd",
-        spec=spec,
-        descriptor=True,
+    return {
+        "title": f"{entry_point}: {' '.join(words)}, {config.consumers} consumer{'s' if config.consumers > 1 else ''}.",
+        "template": config.template,
+        "entry_point": entry_point,
+        "spec": spec,
+        "descriptor": True,
         # `kv_bounds` gives the tiles that need no mask, whatever the loops.
-        single_loop=False,
-        mask=mask,
-        score_arguments=score_arguments,
-        score_lines=mod_lines(score, SCORE_PREFIX) if score else (),
-        division_helpers=mask.division_helpers | (division_helpers(score) if score else frozenset()),
-        pointer_types=tuple(sorted((side_pointer_types(spec) | capture_types(spec)).items())),
-        dot_options="",
-        consumers=config.consumers,
-        heads_of_tile=config.heads_of_tile,
-        queries=config.queries,
-        turns=config.turns,
-        convert=config.convert,
-        rescales_rarely=config.rescale > 0,
+        "single_loop": False,
+        "mask": mask,
+        "score_arguments": mod_arguments(score, SCORE_PREFIX) if score else (),
+        "score_lines": mod_lines(score, SCORE_PREFIX) if score else (),
+        "division_helpers": mask.division_helpers | (division_helpers(score) if score else frozenset()),
+        "pointer_types": tuple(sorted((side_pointer_types(spec) | capture_types(spec)).items())),
+        "dot_options": "",
+        "consumers": config.consumers,
+        "heads_of_tile": config.heads_of_tile,
+        "queries": config.queries,
+        "turns": config.turns,
+        "convert": config.convert,
+        "rescales_rarely": config.rescale > 0,
+        "release": config.release,
+        "one_loop": config.loops == "single" and mask.title != "full",
+        "qk_tiles": name_tiles("BLOCK_DQK", "HEAD_DIM_QK", widths_qk),
+        "v_tiles": name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v),
+    }
+
+
+def make_hopper_plan(spec: AttentionSpec, config: HopperForwardConfig) -> HopperForwardPlan:
+    """Return the structure of the forward kernel for Hopper that `spec` and `config` ask for."""
+    spec = spec.structure()
+    fields = shared_fields(spec, config)
+    mask, qk_tiles, v_tiles = fields["mask"], fields["qk_tiles"], fields["v_tiles"]
+    tiles = {"q": qk_tiles, "k": qk_tiles, "v": v_tiles, "out": v_tiles}
+    return HopperForwardPlan(
+        **fields,
         out_buffer=config.out_buffer,
         diagonal=config.diagonal,
         tiles=config.tiles,
-        release=config.release,
-        one_loop=config.loops == "single" and mask.title != "full",
-        qk_tiles=qk_tiles,
-        v_tiles=v_tiles,
         arguments=(
             *(f"{name}{tile.suffix}_desc" for name, many in tiles.items() for tile in many),
             *(("lse_ptr",) if spec.lse else ()),
@@ -224,26 +237,27 @@ def make_hopper_plan(spec: AttentionSpec, config: HopperForwardConfig) -> Hopper
             "tail_heads",
             *side_arguments(spec),
             *(("tile_start_ptr", "tile_full_ptr", "tile_index_ptr") if mask.table else ()),
-            *score_arguments,
+            *fields["score_arguments"],
             *mask.arguments,
         ),
     )
 
 
-def hopper_constants(spec: AttentionSpec, config: HopperForwardConfig) -> dict[str, int]:
-    """Return the value of every compile-time argument, by name."""
+def hopper_constants(spec: AttentionSpec, config: HopperConfig, plan: HopperForwardPlan) -> dict[str, int]:
+    """Return the value of every compile-time argument of a plan of the family, by name."""
     consumer, producer = config.role_registers
     values = {
+        "HEAD_DIM_V": spec.head_dim_v,
         "ROWS": ROWS_OF_CONSUMER,
         "BLOCK_N": config.block_n,
         "NUM_STAGES": config.num_stages,
         "RESCALE_AT": config.rescale,
         "CONSUMER_REGISTERS": consumer,
         "PRODUCER_REGISTERS": producer,
+        "PAGE_SIZE": spec.page_size,
     }
     for block, widths in zip(("BLOCK_DQK", "BLOCK_DV"), tile_widths(spec, HEAD_TILES), strict=True):
         for suffix, width in zip(("", "_1"), widths, strict=False):
             values[f"{block}{suffix}"] = width
             values[f"OUT_{block}{suffix}"] = width // 2
-    names = make_hopper_plan(spec, config).constants
-    return {name: values[name] for name in names}
+    return {name: values[name] for name in plan.constants}

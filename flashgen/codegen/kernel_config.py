@@ -51,6 +51,11 @@ class KernelConfig:
         """Query heads, all of one group, that one program works on together."""
         return 1
 
+    @property
+    def warps_of_program(self) -> int:
+        """Warps that one program has on its multiprocessor."""
+        return self.num_warps
+
     def launch_options(self, entry_point: str) -> LaunchOptions:
         """Return the launch options of one kernel of the rendered module."""
         return LaunchOptions(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.maxnreg)

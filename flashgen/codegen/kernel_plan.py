@@ -73,6 +73,22 @@ class KernelPlan(abc.ABC):
         return (*(packed if spec.varlen else ("SEQLEN_Q", "SEQLEN_K")), *used)
 
     @property
+    def part_arguments(self) -> tuple[str, ...]:
+        """What `sequence_parts` of a decode kernel takes beyond the sequences that it is asked about."""
+        spec = self.spec
+        return (
+            *("SEQLEN_Q", "splits", "min_blocks", "BLOCK_N", "cache_seqlens_ptr"),
+            *(("seqlen_new",) if spec.append else ()),
+            *(("cache_leftpad_ptr",) if spec.leftpad else ()),
+            *self.mask.bounds_arguments,
+        )
+
+    @property
+    def sequence_bounds(self) -> str:
+        """What `kv_bounds` returns there, for all rows of a sequence."""
+        return "start, _, _, end" if self.mask.left_edge else "_, end"
+
+    @property
     def mask_arguments(self) -> tuple[str, ...]:
         """What the mask takes in the kernel."""
         return self.mask.arguments

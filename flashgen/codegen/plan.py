@@ -11,7 +11,7 @@ from flashgen.codegen.config import TritonBackwardConfig, TritonDecodeConfig, Tr
 from flashgen.codegen.decode_plan import decode_constants, make_decode_plan
 from flashgen.codegen.forward_plan import forward_constants, make_forward_plan
 from flashgen.codegen.hopper_config import HopperDecodeConfig, HopperForwardConfig
-from flashgen.codegen.hopper_decode_plan import hopper_decode_constants, make_hopper_decode_plan
+from flashgen.codegen.hopper_decode_plan import make_hopper_decode_plan
 from flashgen.codegen.hopper_plan import hopper_constants, make_hopper_plan
 from flashgen.codegen.kernel_config import KernelConfig
 from flashgen.codegen.kernel_plan import KernelPlan
@@ -49,13 +49,13 @@ def constant_values(spec: AttentionSpec, config: KernelConfig) -> dict[str, int]
         case "forward", TritonForwardConfig():
             return forward_constants(spec, config)
         case "forward", HopperForwardConfig():
-            return hopper_constants(spec, config)
+            return hopper_constants(spec, config, make_hopper_plan(spec, config))
         case "backward", TritonBackwardConfig():
             return backward_constants(spec, config)
         case "decode", TritonDecodeConfig():
             return decode_constants(spec, config)
         case "decode", HopperDecodeConfig():
-            return hopper_decode_constants(spec, config)
+            return hopper_constants(spec, config, make_hopper_decode_plan(spec, config))
     raise ConfigError(_wrong_phase(spec, config))
 
 

@@ -96,9 +96,5 @@ def _lanes(tiles: int, programs: int) -> int:
 
 def waits_for_each_other(grid: DecodeGrid, config: DecodeConfig, resources: KernelResources, target: GpuTarget) -> bool:
     """Return whether the GPU has room for all programs, which may then wait for each other."""
-    num_warps = config.num_warps
-    if isinstance(config, HopperDecodeConfig):
-        # The producer takes the place of a consumer.
-        num_warps *= config.consumers + 1
-    blocks, _ = resident_blocks(target, num_warps, resources.registers, resources.smem_bytes)
+    blocks, _ = resident_blocks(target, config.warps_of_program, resources.registers, resources.smem_bytes)
     return target.backend == "cuda" and grid.programs <= blocks * target.num_sms

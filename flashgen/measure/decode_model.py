@@ -12,6 +12,7 @@ from flashgen.measure.occupancy import (
     L2_BYTES_PER_CLOCK,
     LANES_PER_CLOCK,
     LAUNCH_US,
+    MERGE_CLOCKS,
     OPS_OF_FEATURE,
     TILE_OVERHEAD_CLOCKS,
     Prediction,
@@ -24,8 +25,6 @@ from flashgen.target import GpuTarget, resident_blocks
 
 # Of a score beside its exp2, and of 16 bytes that a thread copies: as in the model of the forward kernel.
 _OPS_PER_SCORE, _OPS_PER_COPY = 5, 6
-# Leaving an output, arriving at a counter, waiting for the others, and reading a piece of what they left.
-_MERGE_CLOCKS = 4000
 # What a stream of reads reaches of the bandwidth of the datasheet.
 _REACHED_BANDWIDTH = 0.9
 
@@ -57,7 +56,7 @@ def predict_decode_us(
     if parts > 1:
         # All of them merge a piece of the tile each.
         sums = config.block_m * problem.spec.head_dim_v * 4
-        clocks += _MERGE_CLOCKS + sums / L2_BYTES_PER_CLOCK
+        clocks += MERGE_CLOCKS + sums / L2_BYTES_PER_CLOCK
     memory_us = problem.min_bytes() / (_REACHED_BANDWIDTH * target.bandwidth_gbs * 1e3)
     us = max(clocks / CLOCK_HZ * 1e6, memory_us) + LAUNCH_US
     return Prediction(us=us, occupancy_blocks=blocks, waves=waves, limiter=limiter)

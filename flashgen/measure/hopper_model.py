@@ -15,6 +15,7 @@ from flashgen.measure.occupancy import (
     LANES_PER_CLOCK,
     LAUNCH_US,
     LOAD_LATENCY_CLOCKS,
+    MERGE_CLOCKS,
     OPS_OF_FEATURE,
     Prediction,
     tile_steps,
@@ -22,7 +23,6 @@ from flashgen.measure.occupancy import (
 from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget, resident_blocks
 
-_WARPS_OF_WARPGROUP = 4
 _SMEM_BYTES_PER_CLOCK = 128
 # At full rate an H200 runs into its power limit, and lowers the clock by so much.
 _POWER = 1.2
@@ -84,8 +84,7 @@ def predict_hopper_us(
         registers: registers of one thread at the start, as the compiler reports them.
         smem_bytes: shared memory of one program, likewise.
     """
-    num_warps = _WARPS_OF_WARPGROUP * (config.consumers + 1)
-    resident, limiter = resident_blocks(target, num_warps, registers, smem_bytes)
+    resident, limiter = resident_blocks(target, config.warps_of_program, registers, smem_bytes)
     programs = min(resident, config.programs)
     rows = math.ceil(problem.shape.seqlen_q / config.block_m)
     heads = problem.shape.batch * problem.shape.nheads_q
@@ -115,10 +114,9 @@ def predict_hopper_decode_us(
 ) -> Prediction:
     """Return what the ranking model says of a decode config; as `predict_hopper_us`, but keys are divided evenly.
 
-    The longest share decides; consumers wait for its whole tiles, and the last program of a tile merges its parts.
+    The longest share decides, and a tile of rows with several shares is merged by all who have one, a piece each.
     """
-    num_warps = _WARPS_OF_WARPGROUP * (config.consumers + 1)
-    resident, limiter = resident_blocks(target, num_warps, registers, smem_bytes)
+    resident, limiter = resident_blocks(target, config.warps_of_program, registers, smem_bytes)
     programs, shape = min(resident, config.programs), problem.shape
     mask = problem.spec.mask.structure(keep_numbers=True)
     steps = tile_steps(mask, config.block_m, config.block_n, shape.seqlen_q, shape.seqlen_k)
@@ -130,8 +128,7 @@ def predict_hopper_decode_us(
     parts = math.ceil(max(steps) / share)
     left = ROWS_OF_CONSUMER * config.consumers * problem.spec.head_dim_v * 4
     clocks = share * _round_clocks(step, config, programs) + step.vector + step.matrix / 2 + _TILE_CLOCKS
-    # Leaving a part, and reading all of them.
-    clocks += (parts + 1) * left / L2_BYTES_PER_CLOCK if parts > 1 else 0.0
+    clocks += MERGE_CLOCKS + left / L2_BYTES_PER_CLOCK if parts > 1 else 0.0
     us = max(clocks / CLOCK_HZ * 1e6, problem.min_bytes() / (target.bandwidth_gbs * 1e3)) + LAUNCH_US
     return Prediction(us=us, occupancy_blocks=programs, waves=1, limiter=limiter)
 

@@ -18,6 +18,9 @@ LOAD_LATENCY_CLOCKS = 800
 STEP_OVERHEAD_CLOCKS = 80
 TILE_OVERHEAD_CLOCKS = 2500
 LAUNCH_US = 3.0
+# Of programs that share a tile: leaving an output, arriving at a counter, waiting for the others, and reading a piece
+# of what they left.
+MERGE_CLOCKS = 4000
 # What features add to the lane operations of a score: Philox gives four numbers in about 80, a bias is loaded and
 # converted.
 OPS_OF_FEATURE = {"softcap": 4, "alibi": 4, "dropout": 22, "bias": 6, "score_mod": 8}
