@@ -197,8 +197,6 @@ def decode_values(
         "lanes": grid.lanes,
         "waits": int(waits),
         "min_blocks": config.min_blocks,
-        "rows_k": operands.k.stride[0] // operands.k.stride[2],
-        "rows_v": operands.v.stride[0] // operands.v.stride[2],
         "step_pages": operands.step_pages,
         "step_rotary": operands.step_rotary,
         "rotary_dim": operands.rotary_dim,
@@ -206,6 +204,9 @@ def decode_values(
         **mask_numbers(spec.mask),
         **capture_sizes(spec, extras),
     }
+    if isinstance(config, HopperDecodeConfig):
+        # Rows of one entry to the next: what it can read has such, see `DecodeOperands.refusal`.
+        values["rows_k"], values["rows_v"] = (t.stride[0] // t.stride[2] for t in (operands.k, operands.v))
     named = {"q": operands.q, "k": operands.k, "v": operands.v, "o": operands.out}
     for name, layout in named.items():
         for axis, stride in zip("zhm" if name in "qo" else "zhn", layout.stride, strict=False):

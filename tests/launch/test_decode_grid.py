@@ -15,7 +15,7 @@ from flashgen.launch import DecodeOperands, decode, poison_scratch
 from flashgen.launch.decode_grid import DecodeGrid, decode_grid, num_counters, num_tiles, waits_for_each_other
 from flashgen.launch.kernel import LaunchAttributes
 from flashgen.launch.operands import Layout4D
-from flashgen.spec import Shape, parse_problem
+from flashgen.spec import Extras, Shape, parse_problem
 from flashgen.target import named_target
 
 H200 = named_target("H200")
@@ -136,6 +136,17 @@ def test_hopper_reads_caches_whose_entries_are_whole_rows() -> None:
     assert "whole 16 bytes, k has" in refusal(k=layout(512 * 128, 64, 132))
     assert "whole 16 bytes, q has" in refusal(q=dataclasses.replace(q, stride=(32768, 60, 512, 1)))
     assert "reach 1073741824 tokens, k has 3221225472" in refusal(k=layout(2**30 * 128, 64, 128, rows=2**30))
+
+
+def test_rows_of_a_cache_may_be_one_row_where_pointers_read_them() -> None:
+    problem = parse_problem("b=3 hq=8 hkv=2 sq=64 sk=512 d=64 fp16 decode")
+    q = Layout4D(size=(3, 8, 64, 64), stride=(32768, 64, 512, 1))
+    repeated = Layout4D(size=(3, 2, 512, 64), stride=(128, 64, 0, 1))
+    operands = DecodeOperands(q=q, k=repeated, v=repeated, out=q)
+    grid = decode_grid(problem.shape, CONFIG, 0, 132)
+    values = decode.decode_values(problem, CONFIG, operands, Extras(softmax_scale=1.0), grid, waits=False)
+    assert (values["stride_kn"], values["stride_kz"]) == (0, 128)
+    assert "whole 16 bytes" in (operands.refusal(HOPPER, problem.spec) or "")
 
 
 class Handle:
