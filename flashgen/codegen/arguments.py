@@ -72,11 +72,19 @@ def side_pointer_types(spec: AttentionSpec) -> dict[str, str]:
     floats = (*rows, "alibi_ptr", "sinks_ptr", "q_descale_ptr", "k_descale_ptr", "v_descale_ptr")
     ints = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_q_ptr", "seqused_k_ptr")
     tiles = ("tile_start_ptr", "tile_full_ptr", "tile_index_ptr")
-    cache = ("cache_seqlens_ptr", "page_table_ptr", "cache_batch_idx_ptr", "cache_leftpad_ptr", "arrivals_ptr")
+    cache = (
+        "cache_seqlens_ptr",
+        "page_table_ptr",
+        "cache_batch_idx_ptr",
+        "cache_leftpad_ptr",
+        "lengths_ptr",
+        "arrivals_ptr",
+    )
     row_tiles = ("row_start_ptr", "row_full_ptr", "row_index_ptr", "turn_ptr")
     return {
         **dict.fromkeys(floats, "fp32"),
         **dict.fromkeys((*ints, *tiles, *row_tiles, *cache), "i32"),
+        **dict.fromkeys(("rotary_cos_ptr", "rotary_sin_ptr"), "fp32" if spec.rotary_fp32 else element_type(spec.dtype)),
         "partial_ptr": "fp32",
         "bias_ptr": bias,
         "tile_counter_ptr": "i32",

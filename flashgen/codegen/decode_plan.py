@@ -8,20 +8,17 @@ from flashgen.codegen.arguments import element_type, side_pointer_types
 from flashgen.codegen.config import TritonDecodeConfig
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.head_tiles import HeadTile, name_tiles, tile_widths
-from flashgen.codegen.kernel_plan import KernelPlan, dot_options
+from flashgen.codegen.kernel_plan import NEW_KEYS, KernelPlan, dot_options
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
 from flashgen.codegen.signature import SCORE_PREFIX, capture_types
-from flashgen.spec import AttentionSpec, Causal
-from flashgen.spec.masks import SlidingWindow
+from flashgen.spec import AttentionSpec
 
 # Sequences whose lengths a warp looks at together.
 _SEQUENCES = 32
 # Registers of a thread for what is read at once of a piece of a tile that several programs merge.
 _MERGED_REGISTERS = 64
 _WARP = 32
-# Keys of the call in one step: few, as there are few.
-_NEW_KEYS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,11 +191,6 @@ class DecodePlan(KernelPlan):
         return "page, off_hkv, n % PAGE_SIZE" if self.spec.page_size else "entry, off_hkv, n"
 
     @property
-    def queries_advance(self) -> bool:
-        """Whether each query is turned by its own position, as FlashAttention does where order matters."""
-        return any(isinstance(leaf, Causal | SlidingWindow) for leaf in self.spec.mask.leaves)
-
-    @property
     def accumulators(self) -> str:
         """The unnormalised outputs, one for each tile of head_dim_v."""
         return ", ".join(f"acc{tile.suffix}" for tile in self.v_tiles)
@@ -272,8 +264,6 @@ def make_decode_plan(spec: AttentionSpec, config: TritonDecodeConfig) -> DecodeP
     widths_qk, widths_v = tile_widths(spec, config.head_tiles)
     score = spec.score_mod
     types = side_pointer_types(spec) | capture_types(spec)
-    if spec.rotary_fp32:
-        types |= dict.fromkeys(("rotary_cos_ptr", "rotary_sin_ptr"), "fp32")
     if spec.fp8_kv:
         types |= dict.fromkeys(("k_ptr", "v_ptr"), element_type(spec.kv_dtype))
     words = [f"{mask.title} mask", *["with lse"] * spec.lse]
@@ -311,7 +301,7 @@ def decode_constants(spec: AttentionSpec, config: TritonDecodeConfig) -> dict[st
         **values,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_NEW": min(config.block_n, _NEW_KEYS),
+        "BLOCK_NEW": min(config.block_n, NEW_KEYS),
         "BLOCK_Z": _SEQUENCES,
         "MERGED_PARTS": config.merge_parts,
         "MERGED_ROWS": min(config.block_m, elements // columns),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
+
+Language = typing.Literal["triton", "gluon"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EntryPlan:
-    """A `@triton.jit` function that is launched.
+    """A function of the module that is launched.
 
     Attributes:
         name: of the function.
@@ -16,6 +19,7 @@ class EntryPlan:
         pointer_types: element types behind pointers whose elements are not those of Q, in Triton's words.
         boxes: the tile that each tensor descriptor moves: the constants that say its rows and its columns.
         ragged: the descriptors that end a sequence at its own last row, which takes one more dimension.
+        language: what the function is written in.
     """
 
     name: str
@@ -24,6 +28,7 @@ class EntryPlan:
     pointer_types: tuple[tuple[str, str], ...]
     boxes: tuple[tuple[str, tuple[str, str]], ...] = ()
     ragged: frozenset[str] = frozenset()
+    language: Language = "triton"
 
     def box(self, descriptor: str, constants: dict[str, int]) -> tuple[int, ...]:
         """Return the tile that a descriptor moves, over [batch, heads, seqlen, head_dim] or its ragged likeness."""

@@ -11,6 +11,9 @@ from flashgen.spec import Phase
 ROWS_OF_CONSUMER = 64
 """Query rows of one warpgroup: what its matrix instructions compute at once."""
 
+APPEND_ROWS = "append_rows"
+"""The kernel that writes what a call appends into the caches, before chunks are decoded."""
+
 _REGISTERS_OF_HOPPER = 65536  # of a multiprocessor
 _PRODUCER_REGISTERS = 24  # of a thread: what setmaxnreg allows at least
 _MAX_CONSUMER_REGISTERS = 240
@@ -157,3 +160,9 @@ class HopperDecodeConfig(HopperConfig):
     loops: Loops = "split"
     release: Release = "mbarrier"
     min_blocks: int = 1
+
+    def launch_options(self, entry_point: str) -> LaunchOptions:
+        if entry_point == APPEND_ROWS:
+            # Moves memory and does little else.
+            return LaunchOptions(num_warps=4, num_stages=1, maxnreg=0)
+        return super().launch_options(entry_point)

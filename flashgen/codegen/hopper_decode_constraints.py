@@ -25,11 +25,11 @@ from flashgen.target import GpuTarget
 
 Constraint = typing.Callable[[HopperDecodeConfig, AttentionSpec, GpuTarget], "str | None"]
 
-_UNKNOWN = ("append", "rotary", "leftpad", "descale", "fp8_kv", "shared_kv")
+_UNKNOWN = ("leftpad", "descale", "fp8_kv", "shared_kv")
 
 
 def features_known(config: HopperDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
-    """The template reads caches of Q's type from their first row on, and appends nothing."""
+    """The template reads caches of Q's type from their first row on."""
     missing = [word for word in spec.features if word.partition("=")[0] in _UNKNOWN]
     return f"the kernel does not know {', '.join(missing)}" if missing else None
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from flashgen.codegen.hopper_config import HopperDecodeConfig
+from flashgen.codegen.entry import EntryPlan
+from flashgen.codegen.head_tiles import HeadTile
+from flashgen.codegen.hopper_config import APPEND_ROWS, HopperDecodeConfig
 from flashgen.codegen.hopper_plan import HopperForwardPlan, shared_fields
 from flashgen.spec import AttentionSpec
 
@@ -19,8 +21,59 @@ _PART = (
 class HopperDecodePlan(HopperForwardPlan):
     """Structure of `templates/gluon/hopper_decode.py.jinja`: that of the forward kernel, whose loop it has.
 
-    Rows are not packed: a tile has queries of one head, or of several of a group, with the same keys.
+    Rows are not packed: a tile has queries of one head, or of several of a group, with the same keys. What a call
+    appends is in the caches by then: another kernel, which is launched first, writes it there and rotates.
     """
+
+    @property
+    def entries(self) -> tuple[EntryPlan, ...]:
+        """The kernels of the module, in the order of their launches."""
+        return (*([self._append_entry] if self.spec.append else []), *super().entries)
+
+    @property
+    def _append_entry(self) -> EntryPlan:
+        return EntryPlan(
+            name=APPEND_ROWS,
+            arguments=self.append_arguments,
+            constants=self.append_constants,
+            pointer_types=self.pointer_types,
+        )
+
+    @property
+    def append_arguments(self) -> tuple[str, ...]:
+        """Run-time arguments of the kernel that appends, in order."""
+        spec, caches = self.spec, self.cache_pointers
+        queries = ("q_ptr", "q_turned_ptr", "stride_qz", "stride_qh", "stride_qm", "nheads_q", "SEQLEN_Q")
+        return (
+            *(f"{x}_ptr" for x in caches),
+            *(f"{x}_new_ptr" for x in caches),
+            *("cache_seqlens_ptr", "lengths_ptr", "batch", "nheads_kv", "seqlen_new"),
+            *(f"stride_{x}{axis}" for x in caches for axis in "zhn"),
+            *(f"stride_{x}_new_{axis}" for x in caches for axis in "zhn"),
+            *self._page_arguments,
+            *((*queries, "rotary_cos_ptr", "rotary_sin_ptr", "step_rotary", "rotary_dim") if spec.rotary else ()),
+        )
+
+    @property
+    def append_constants(self) -> tuple[str, ...]:
+        """Compile-time arguments of the kernel that appends."""
+        blocks = tuple(tile.block for tile in (*self.qk_tiles, *self.v_tiles))
+        return ("HEAD_DIM_QK", "HEAD_DIM_V", *blocks, "BLOCK_NEW", *(("PAGE_SIZE",) if self.spec.page_size else ()))
+
+    @property
+    def cache_pointers(self) -> tuple[str, ...]:
+        """The caches that are reached by pointers: those that are written."""
+        return ("k", "v") if self.spec.append else ()
+
+    @property
+    def appended(self) -> tuple[tuple[str, tuple[HeadTile, ...]], ...]:
+        """What is appended to, in tiles of columns."""
+        return (("k", self.qk_tiles), ("v", self.v_tiles))
+
+    @property
+    def new_apart(self) -> bool:
+        """Never: new keys are in the cache by then."""
+        return False
 
     def is_ragged(self, name: str) -> bool:
         """Whether a descriptor, or the one of a tensor, ends sequences at their own last row: the caches'."""
@@ -126,7 +179,17 @@ class HopperDecodePlan(HopperForwardPlan):
             "gluon/parts/write_out": ("gluon/parts/parts_of_tile",),
         }
         names = (name.removesuffix(".py.jinja") for name in super().parts)
-        return tuple(f"{part}.py.jinja" for name in names for part in own.get(name, (name,)))
+        parts = (part for name in names for part in own.get(name, (name,)))
+        return tuple(f"{part}.py.jinja" for part in (*parts, *self._append_parts))
+
+    @property
+    def _append_parts(self) -> tuple[str, ...]:
+        if not self.spec.append:
+            return ()
+        rotated = ("load_rotated",) if self.spec.rotary else ()
+        return tuple(
+            f"triton/parts/{name}" for name in ("cache_rows", "load_rows", *rotated, "store_rows", APPEND_ROWS)
+        )
 
 
 def make_hopper_decode_plan(spec: AttentionSpec, config: HopperDecodeConfig) -> HopperDecodePlan:

@@ -18,6 +18,7 @@ from flashgen.codegen.hopper_config import (
     Walk,
 )
 from flashgen.codegen.hopper_names import HopperNames
+from flashgen.codegen.kernel_plan import NEW_KEYS
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
 from flashgen.codegen.signature import SCORE_PREFIX, capture_types, side_arguments
@@ -67,6 +68,7 @@ class HopperForwardPlan(HopperNames):
                 pointer_types=self.pointer_types,
                 boxes=boxes,
                 ragged=frozenset(name for name, _ in boxes if self.is_ragged(name)),
+                language="gluon",
             ),
         )
 
@@ -247,6 +249,7 @@ def hopper_constants(spec: AttentionSpec, config: HopperConfig, plan: HopperForw
     """Return the value of every compile-time argument of a plan of the family, by name."""
     consumer, producer = config.role_registers
     values = {
+        "HEAD_DIM_QK": spec.head_dim_qk,
         "HEAD_DIM_V": spec.head_dim_v,
         "ROWS": ROWS_OF_CONSUMER,
         "BLOCK_N": config.block_n,
@@ -255,9 +258,10 @@ def hopper_constants(spec: AttentionSpec, config: HopperConfig, plan: HopperForw
         "CONSUMER_REGISTERS": consumer,
         "PRODUCER_REGISTERS": producer,
         "PAGE_SIZE": spec.page_size,
+        "BLOCK_NEW": NEW_KEYS,
     }
     for block, widths in zip(("BLOCK_DQK", "BLOCK_DV"), tile_widths(spec, HEAD_TILES), strict=True):
         for suffix, width in zip(("", "_1"), widths, strict=False):
             values[f"{block}{suffix}"] = width
             values[f"OUT_{block}{suffix}"] = width // 2
-    return {name: values[name] for name in plan.constants}
+    return {name: values[name] for entry in plan.entries for name in entry.constants}

@@ -7,7 +7,11 @@ import dataclasses
 
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.mask_plan import MaskPlan
-from flashgen.spec import AttentionSpec, DType
+from flashgen.spec import AttentionSpec, Causal, DType
+from flashgen.spec.masks import SlidingWindow
+
+NEW_KEYS = 16
+"""Rows that come with a call of decoding in one step: few, as there are few."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,12 +77,22 @@ class KernelPlan(abc.ABC):
         return (*(packed if spec.varlen else ("SEQLEN_Q", "SEQLEN_K")), *used)
 
     @property
+    def new_apart(self) -> bool:
+        """Whether keys that come with the call are attended to beside those of the cache, not in it."""
+        return self.spec.append
+
+    @property
+    def queries_advance(self) -> bool:
+        """Whether each query is turned by its own position, as FlashAttention does where order matters."""
+        return any(isinstance(leaf, Causal | SlidingWindow) for leaf in self.spec.mask.leaves)
+
+    @property
     def part_arguments(self) -> tuple[str, ...]:
         """What `sequence_parts` of a decode kernel takes beyond the sequences that it is asked about."""
         spec = self.spec
         return (
             *("SEQLEN_Q", "splits", "min_blocks", "BLOCK_N", "cache_seqlens_ptr"),
-            *(("seqlen_new",) if spec.append else ()),
+            *(("seqlen_new",) if self.new_apart else ()),
             *(("cache_leftpad_ptr",) if spec.leftpad else ()),
             *self.mask.bounds_arguments,
         )

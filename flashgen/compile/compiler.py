@@ -103,8 +103,7 @@ def _compile_entry(
     }
     if launch.maxnreg:
         options["maxnreg"] = launch.maxnreg
-    is_gluon = rendered.plan.template.startswith("gluon/")
-    signature = {name: _argument_type(name, entry, spec, constants, is_gluon) for name in entry.arguments}
+    signature = {name: _argument_type(name, entry, spec, constants) for name in entry.arguments}
     signature |= dict.fromkeys(entry.constants, "constexpr")
     arch: int | str = target.arch if target.backend == "hip" else target.capability
     recipe = Recipe(
@@ -117,7 +116,7 @@ def _compile_entry(
         target=GPUTarget(target.backend, arch, target.warp_size),
     )
     try:
-        handle = _built(recipe, GluonASTSource if is_gluon else ASTSource)
+        handle = _built(recipe, GluonASTSource if entry.language == "gluon" else ASTSource)
     except Exception as error:
         raise CompileError(f"{config} for {target.arch}: {type(error).__name__}: {error}") from error
     return CompiledEntry(
@@ -150,7 +149,7 @@ def _resources(handle: typing.Any, target: GpuTarget) -> KernelResources:
     return cubin_resources(handle.asm["cubin"], handle.metadata.shared)
 
 
-def _argument_type(name: str, entry: EntryPlan, spec: AttentionSpec, constants: dict[str, int], is_gluon: bool) -> str:
+def _argument_type(name: str, entry: EntryPlan, spec: AttentionSpec, constants: dict[str, int]) -> str:
     kind = argument_kind(name)
     if kind == "pointer":
         return f"*{dict(entry.pointer_types).get(name, element_type(spec.dtype))}"
@@ -158,7 +157,7 @@ def _argument_type(name: str, entry: EntryPlan, spec: AttentionSpec, constants: 
         element = element_type(descriptor_dtype(name, spec))
         box = list(entry.box(name, constants))
         # Triton finds the layout of a tile itself, Gluon is told.
-        layout = f",{shared_layout(box, descriptor_dtype(name, spec))!r}" if is_gluon else ""
+        layout = f",{shared_layout(box, descriptor_dtype(name, spec))!r}" if entry.language == "gluon" else ""
         return f"tensordesc<{element}{box}{layout}>"
     return scalar_type(kind)
 
@@ -183,7 +182,7 @@ def descriptor_operand(name: str) -> str:
     return name.removesuffix("_desc").removesuffix("_1")
 
 
-_DENSE = ("q", "k", "v", "out", "do", "dq", "dk", "dv", "k_new", "v_new", "partial")
+_DENSE = ("q", "k", "v", "out", "do", "dq", "dk", "dv", "k_new", "v_new", "partial", "q_turned")
 _DENSE_POINTERS = frozenset(f"{name}_ptr" for name in _DENSE)
 
 

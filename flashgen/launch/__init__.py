@@ -1,8 +1,9 @@
 """Running rendered kernels: on a GPU around Triton's JIT, on a CPU through its interpreter."""
 
 from flashgen.launch.backward import BackwardLaunch, bind_backward, layouts_of
-from flashgen.launch.decode import DecodeLaunch, DecodeOperands, bind_decode, poison_scratch
+from flashgen.launch.decode import DecodeLaunch, bind_decode, poison_scratch
 from flashgen.launch.decode_grid import num_tiles
+from flashgen.launch.decode_operands import DecodeOperands
 from flashgen.launch.device import detect_target, software_versions
 from flashgen.launch.forward import (
     ForwardLaunch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import typing
 import weakref
@@ -24,17 +23,17 @@ from flashgen.codegen.hopper_plan import HEAD_TILES
 from flashgen.codegen.mask_plan import mask_numbers
 from flashgen.compile import CompiledKernel
 from flashgen.errors import ConfigError
+from flashgen.launch.append_rows import AppendLaunch
 from flashgen.launch.arguments import entry_arguments
 from flashgen.launch.decode_grid import DecodeGrid, decode_grid, num_counters, waits_for_each_other
+from flashgen.launch.decode_operands import DecodeOperands
 from flashgen.launch.descriptors import entry_descriptors
 from flashgen.launch.device import detect_target
 from flashgen.launch.forward import capture_sizes, score_factors
 from flashgen.launch.kernel import BoundKernel, LaunchAttributes
-from flashgen.launch.operands import Layout4D, descriptor_refusal
-from flashgen.launch.ragged import ragged_refusal
 from flashgen.launch.side_tensors import SideHolder, SideTensors
 from flashgen.launch.tile_counter import arrival_counters
-from flashgen.spec import AttentionSpec, Extras, Problem
+from flashgen.spec import Extras, Problem
 
 # Of a call, besides what `SideTensors` collects.
 _TENSORS = ("q", "k", "v", "out", "lse", "partial", "arrivals")
@@ -42,76 +41,10 @@ _TENSORS = ("q", "k", "v", "out", "lse", "partial", "arrivals")
 _scratch: weakref.WeakValueDictionary[torch.device, torch.Tensor] = weakref.WeakValueDictionary()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeOperands:
-    """Layouts of Q, out, the caches and what is appended to them, seen as [batch, heads, rows, head_dim].
-
-    Attributes:
-        q, out: of [batch, nheads_q, seqlen_q, ...].
-        k, v: of the caches, [entries or pages, nheads_kv, rows, ...].
-        k_new, v_new: of [batch, nheads_kv, seqlen_new, ...], where keys are appended.
-        step_pages: elements from one sequence's row of the page table to the next.
-        step_rotary: elements from one position's row of cosines to the next.
-        rotary_dim: columns that are rotated.
-    """
-
-    q: Layout4D
-    k: Layout4D
-    v: Layout4D
-    out: Layout4D
-    k_new: Layout4D | None = None
-    v_new: Layout4D | None = None
-    step_pages: int = 0
-    step_rotary: int = 0
-    rotary_dim: int = 0
-
-    @classmethod
-    def of(cls, tensors: typing.Mapping[str, torch.Tensor], extras: Extras) -> DecodeOperands:
-        """Return the layouts of the tensors q, k, v and out, and of those of the extras."""
-        table, cos = extras.page_table, extras.rotary_cos
-        return cls(
-            **{name: Layout4D.of(tensors[name]) for name in ("q", "k", "v", "out")},
-            k_new=None if extras.k_new is None else Layout4D.of(extras.k_new),
-            v_new=None if extras.v_new is None else Layout4D.of(extras.v_new),
-            step_pages=0 if table is None else table.stride(0),
-            step_rotary=0 if cos is None else cos.stride(0),
-            rotary_dim=0 if cos is None else 2 * cos.shape[1],
-        )
-
-    @property
-    def layouts(self) -> dict[str, Layout4D]:
-        """Of what descriptors may describe, by name."""
-        return {"q": self.q, "k": self.k, "v": self.v}
-
-    def refusal(self, config: KernelConfig, spec: AttentionSpec) -> str | None:
-        """Return why a config cannot read these layouts, or None."""
-        if isinstance(config, HopperDecodeConfig):
-            return self._bulk_refusal(config, spec)
-        if not isinstance(config, TritonDecodeConfig) or config.loads != "descriptor":
-            return None
-        itemsize = spec.kv_dtype.itemsize
-        return descriptor_refusal({"k": self.k, "v": self.v}, {"k": itemsize, "v": itemsize})
-
-    def _bulk_refusal(self, config: HopperDecodeConfig, spec: AttentionSpec) -> str | None:
-        group = self.q.size[1] // self.k.size[1]
-        if group % config.heads_of_tile:
-            return f"a tile has {config.heads_of_tile} query heads of one group, the group has {group}"
-        reason = descriptor_refusal(self.layouts, dict.fromkeys("qkv", spec.dtype.itemsize))
-        if reason:
-            return reason
-        for name, layout in (("k", self.k), ("v", self.v)):
-            entry, _, row, _ = layout.stride
-            if entry % row:
-                return f"the {name} cache has {entry} elements an entry, no multiple of the {row} from row to row"
-            rows = layout.size[0] * (entry // row)
-            reason = ragged_refusal(name, (1, layout.size[1], rows, layout.size[3]), layout.stride)
-            if reason:
-                return reason
-        return None
-
-
 class DecodeLaunch:
     """A compiled decode kernel bound to sizes, strides and numbers; call it with tensors of exactly those.
+
+    A module of two kernels appends in the first of them.
 
     Nothing is checked in a call: the caller has. Calls in a row on one stream share the counters by which programs
     learn of each other; the scratch memory is each call's own.
@@ -131,20 +64,27 @@ class DecodeLaunch:
         extras: Extras,
         device: torch.device,
     ) -> None:
-        (entry,), (built,) = plan.entries, compiled.entries
+        *appends, (entry, built) = zip(plan.entries, compiled.entries, strict=True)
         target = detect_target(device)
         grid = decode_grid(problem.shape, config, extras.num_splits, target.num_sms)
         together = waits_for_each_other(grid, config, built.resources, target)
         self._side = SideTensors(plan)
         self._counters = num_counters(problem.shape, config)
         self.partial_size = partial_size(problem, config, grid)
+        values = decode_values(problem, config, operands, extras, grid, waits=together)
+        slots = {name: slot for slot, name in enumerate((*_TENSORS, *self._side.names))}
+        layouts = operands.layouts
+        self._append = AppendLaunch(*appends[0], problem, values, slots) if appends else None
+        if self._append is not None:
+            slots |= {name: len(slots) + place for place, name in enumerate(self._append.left)}
+            layouts |= self._append.layouts
         self._kernel = BoundKernel(
             entry,
             built,
             grid=grid.programs,
-            values=decode_values(problem, config, operands, extras, grid, waits=together),
-            descriptors=entry_descriptors(entry, plan, operands.layouts, constant_values(problem.spec, config)),
-            slots={name: slot for slot, name in enumerate((*_TENSORS, *self._side.names))},
+            values=values,
+            descriptors=entry_descriptors(entry, plan, layouts, constant_values(problem.spec, config)),
+            slots=slots,
             attributes=LaunchAttributes(
                 cooperative=together,
                 dependent=isinstance(config, TritonDecodeConfig) and config.launch == "dependent",
@@ -164,7 +104,10 @@ class DecodeLaunch:
         """Launch on the current stream; `partial` is float32 scratch memory of `partial_size`, of any content."""
         device = torch._C._cuda_getDevice()
         arrivals = arrival_counters(device, torch._C._cuda_getCurrentRawStream(device), self._counters)
-        self._kernel((q, k, v, out, lse, partial, arrivals, *self._side(extras, None)))
+        tensors = (q, k, v, out, lse, partial, arrivals, *self._side(extras, None))
+        if self._append is not None:
+            tensors = self._append(tensors)
+        self._kernel(tensors)
 
 
 def partial_size(problem: Problem, config: DecodeConfig, grid: DecodeGrid) -> int:

@@ -48,14 +48,13 @@ def entry_descriptors(
         layouts: of the tensors behind the descriptors, by name.
         constants: compile-time arguments, those of other kernels among them.
     """
-    gluon = plan.template.startswith("gluon/")
     forms = {}
     for name in entry.arguments:
         if argument_kind(name) == "descriptor":
             layout = layouts[descriptor_operand(name)]
             view = ragged_view(layout.size, layout.stride) if name in entry.ragged else (layout.size, layout.stride)
             box, dtype = entry.box(name, constants), descriptor_dtype(name, plan.spec)
-            forms[name] = descriptor_form(view, box, dtype, gluon=gluon)
+            forms[name] = descriptor_form(view, box, dtype, gluon=entry.language == "gluon")
     return forms
 
 

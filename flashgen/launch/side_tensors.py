@@ -19,7 +19,7 @@ _FIELDS = {"alibi": "alibi_slopes", "rng": "rng_state"}
 _TABLE = ("tile_start", "tile_full", "tile_index")
 _TURNED_TABLE = ("row_start", "row_full", "row_index")
 # Made by whoever launches.
-_MADE = ("tile_counter", "partial", "arrivals")
+_MADE = ("tile_counter", "partial", "arrivals", "lengths", "q_turned")
 _OF_BACKWARD = ("do", "lse2", "delta", "dq", "dk", "dv", "dbias", "turn")
 
 

@@ -83,7 +83,7 @@ class Evaluator(typing.Protocol):
     def final(self, problem: Problem, finalists: typing.Sequence[Tried], target_ms: float, seed: int) -> Final:
         """Compare the best once more, with care."""
 
-    def confirmed_as(self, spec: AttentionSpec, config: KernelConfig) -> AttentionSpec | None:
+    def confirmed_as(self, spec: AttentionSpec) -> AttentionSpec | None:
         """Return the spec whose code, with that config, `confirm` will need compiled, or None."""
 
     def confirm(self, problem: Problem, tried: Tried) -> Tried | Rejected:

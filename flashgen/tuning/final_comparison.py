@@ -78,7 +78,7 @@ class FinalComparison:
     def _compile_ahead(self, finalists: typing.Sequence[Tried]) -> None:
         """Have what the winner is confirmed with compiled while the finalists are raced."""
         for tried in finalists:
-            spec = self._evaluator.confirmed_as(self._task.problem.spec, tried.config)
+            spec = self._evaluator.confirmed_as(self._task.problem.spec)
             if spec is not None:
                 job = (self._jobs.compile, spec, tried.config, self._task.target)
                 self._pool.submit(NO_TRIAL, *job, timeout_s=self._jobs.compile_timeout_s)

@@ -181,8 +181,8 @@ class GpuEvaluator:
                 return race
         return f"in the final comparison, the measurement returned {outcome.value!r}"[:1000]
 
-    def confirmed_as(self, spec: AttentionSpec, config: KernelConfig) -> AttentionSpec | None:
-        return confirmed_variant(spec, config)
+    def confirmed_as(self, spec: AttentionSpec) -> AttentionSpec | None:
+        return confirmed_variant(spec)
 
     def confirm(self, problem: Problem, tried: Tried) -> Tried | Rejected:
         """Check the variant that writes more: it is other code, and the registry's key covers it."""

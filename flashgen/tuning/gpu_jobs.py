@@ -133,7 +133,7 @@ def confirm(problem: Problem, config: KernelConfig) -> Rejected | None:
     It is other code, which the registry's key covers: a forward pass that also writes lse, gradients of a bias, pages
     and appended keys.
     """
-    variant = confirmed_variant(problem.spec, config)
+    variant = confirmed_variant(problem.spec)
     if variant is None:
         return None
     with _ending_if_the_context_is_lost():

@@ -84,7 +84,7 @@ class ModelEvaluator:
             refused={config: c.reason for config, c in checked.items() if isinstance(c, Rejected)},
         )
 
-    def confirmed_as(self, spec: AttentionSpec, config: KernelConfig) -> AttentionSpec | None:
+    def confirmed_as(self, spec: AttentionSpec) -> AttentionSpec | None:
         return None
 
     def confirm(self, problem: Problem, tried: Tried) -> Tried | Rejected:

@@ -19,6 +19,8 @@ H200 = named_target("H200")
 CONFIG = HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
 WORDS = (
     *("d=128 causal", "d=128 full lse", "d=64 sliding_window(100,3)", "d=128 sliding_window(-1,3) page=256"),
+    *("d=128 causal append", "d=96 dv=72 sliding_window(100,3) append rotary=pairs lse page=128"),
+    *("d=128 full append rotary=halves batch_idx",),
     *("d=128 causal batch_idx", "d=192 dv=96 causal lse sinks", "d=64 causal softcap sinks alibi lse page=128"),
     *("d=80 causal score_mod('return score * 2.0 + w[h]', w='float32[h]')", "d=64 causal&chunked(100)"),
 )
@@ -40,7 +42,7 @@ def config(**numbers: int | str) -> HopperDecodeConfig:
 REFUSED = {
     "runs_on_hopper": (config(), spec(), "A100", "is sm_80"),
     "elements_of_16_bits": (config(), dataclasses.replace(spec("d=64"), dtype="fp32"), "H200", "not of fp32"),
-    "features_known": (config(), spec("d=128 append rotary=halves leftpad"), "H200", "append, leftpad, rotary=halves"),
+    "features_known": (config(), spec("d=128 fp8_kv leftpad"), "H200", "does not know leftpad, fp8_kv"),
     "head_dims_fit_product": (config(), spec("d=576 dv=512"), "H200", "576 is more than 256"),
     "roles_within_limits": (config(num_warps=8), spec(), "H200", "num_warps=8 is not 4"),
     "numbers_within_limits": (config(num_stages=5), spec(), "H200", "num_stages=5 is not from 2 to 4"),
@@ -85,7 +87,7 @@ def test_structures_are_formatted_as_ruff_would(tmp_path: Path) -> None:
             (tmp_path / f"kernel_{kernel.digest}.py").write_text(kernel.source)
             digests.add(kernel.digest)
     # One loop is another kernel only where some key tile needs a mask.
-    assert len(digests) == len(WORDS) * len(NUMBERS) - 1
+    assert len(digests) == len(WORDS) * len(NUMBERS) - sum("full" in words for words in WORDS)
     ruff = [sys.executable, "-m", "ruff"]
     options = ["--isolated", "--no-cache", "--line-length=88", str(tmp_path)]
     for command in ([*ruff, "format", "--check", "--diff"], [*ruff, "check"]):
@@ -139,3 +141,22 @@ def test_only_tiles_of_keys_that_need_it_are_masked() -> None:
 
     assert [loops(f"d=128 {mask}") for mask in ("full", "causal", "sliding_window(100,0)")] == ["F", "TF", "TFT"]
     assert loops("d=128 causal", loops="single") == "j"
+
+
+def test_appends_in_a_kernel_of_its_own() -> None:
+    asked = spec("d=128 causal append rotary=halves page=256 lse")
+    plan = render(asked, CONFIG).plan
+    append, attend = plan.entries
+    assert (append.name, append.language) == ("append_rows", "triton")
+    assert (attend.name, attend.language) == ("attn_decode", "gluon")
+    # The numbers of the Hopper kernel are no business of one that moves memory.
+    assert CONFIG.launch_options("append_rows").maxnreg == 0 < CONFIG.launch_options("attn_decode").maxnreg
+    # What reads the cache is the kernel of calls that append nothing, with longer sequences.
+    without = render(spec("d=128 causal page=256 lse"), CONFIG)
+    assert attend == without.plan.entries[0]
+    functions, of_both = (kernel.source.strip().split("\n\n\n")[1:] for kernel in (without, render(asked, CONFIG)))
+    assert [function for function in of_both if function in functions] == functions
+    for tables, kind in (("", "bf16"), ("rotary_fp32", "fp32")):
+        asked = spec(f"d=128 causal append rotary=pairs {tables}")
+        types = dict(render(asked, CONFIG).plan.entries[0].pointer_types)
+        assert {types[name] for name in ("rotary_cos_ptr", "rotary_sin_ptr")} == {kind}

@@ -83,12 +83,12 @@ def test_as_many_parts_are_merged_at_once_as_there_are(sizes: str, parts: int) -
     [
         ("d=128 causal", "b=1 hq=32 hkv=8 sq=256 sk=8192", (128, 3, "registers")),
         ("d=128 causal page=256 lse sinks", "b=1 h=8 sq=64 sk=8192", (128, 3, "registers")),
+        ("d=128 causal append rotary=pairs batch_idx", "b=1 hq=32 hkv=8 sq=256 sk=8192", (128, 3, "registers")),
         ("d=192 dv=128 causal", "b=1 h=8 sq=512 sk=8192", (128, 2, "registers")),
         ("d=256 causal", "b=1 h=8 sq=512 sk=8192", (64, 2, "shared")),
         # What the kernel for Hopper does not know, and queries that leave its rows empty.
-        ("d=128 causal append", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
+        ("d=128 causal append leftpad", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
         ("d=128 causal page=16", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
-        ("d=128 causal leftpad", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
         ("d=128 causal fp8_kv descale", "b=1 hq=32 hkv=8 sq=256 sk=8192", None),
         ("d=128 causal", "b=1 hq=32 hkv=8 sq=63 sk=8192", None),
     ],

@@ -81,6 +81,32 @@ HOPPER_DECODE_MUTANTS = {
     "sinks counted twice": _edited(
         "full sinks", _OFF, ("normalise", "gl.exp2(sink - m_safe)", "2.0 * gl.exp2(sink - m_safe)")
     ),
+    # What is appended, by the kernel before.
+    "new keys not counted": _edited("full append", _OFF, ("append_rows", "used + seqlen_new", "used")),
+    "the last new rows not written": _edited(
+        "full append",
+        _OFF,
+        ("append_rows", "num_new = tl.cdiv(seqlen_new, BLOCK_NEW)", "num_new = seqlen_new // BLOCK_NEW"),
+    ),
+    "rows past the last new one written": _edited(
+        "full append page=64",
+        _LOST + "|cache",
+        ("append_rows", "is_new = offs_new < seqlen_new", "is_new = offs_new >= 0"),
+    ),
+    "appended one row off": _edited("full append", _OFF, ("append_rows", "places = cached +", "places = cached + 1 +")),
+    "appended to the next head": _edited(
+        "full append",
+        rf"{_OFF}|k cache",
+        ("append_rows", "off_hkv.to(tl.int64) * stride_kh", "(1 - off_hkv).to(tl.int64) * stride_kh"),
+    ),
+    "queries turned by the first one's position": _edited(
+        "causal append rotary=halves", _OFF, ("append_rows", "cached + offs_m,", "cached + offs_m * 0,")
+    ),
+    "the last queries not turned": _edited(
+        "full append rotary=pairs",
+        _LOST,
+        ("append_rows", "num_m = tl.cdiv(SEQLEN_Q, BLOCK_NEW)", "num_m = SEQLEN_Q // BLOCK_NEW"),
+    ),
     # Barriers.
     "values not waited for": _edited(
         "full", _LOST, ("attend", "    wait(v_full.index(before), (step - 1) // NUM_STAGES & 1)\n", "")

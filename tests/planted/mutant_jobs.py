@@ -35,7 +35,7 @@ def compile_mutant(name: str, target: GpuTarget) -> None:
 
 def compile_right(problem: Problem, config: KernelConfig, target: GpuTarget) -> None:
     """Fill Triton's cache with what the checks of a config launch."""
-    for spec in (problem.spec, confirmed_variant(problem.spec, config)):
+    for spec in (problem.spec, confirmed_variant(problem.spec)):
         if spec is not None:
             compile_kernel(gpu_jobs.render(spec, config), spec, config, target)
 

@@ -197,7 +197,7 @@ class FakeClock:
         self.finals.append([t.config for t in finalists])
         return final_of(finalists, noise=0.01)
 
-    def confirmed_as(self, spec, config):
+    def confirmed_as(self, spec):
         return None
 
     def confirm(self, problem, candidate: Tried) -> Tried | Rejected:

@@ -744,7 +744,6 @@ def attn_decode(
                     BLOCK_DQK,
                     True,
                 )
-
                 store_rows(
                     k_head,
                     k_rows,
@@ -763,7 +762,6 @@ def attn_decode(
                     BLOCK_DV,
                     True,
                 )
-
                 store_rows(
                     v_head,
                     v_rows,

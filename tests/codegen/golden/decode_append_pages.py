@@ -843,7 +843,6 @@ def attn_decode(
                     HEAD_DIM_QK,
                     BLOCK_DQK,
                 )
-
                 store_rows(
                     k_head,
                     k_rows,
@@ -862,7 +861,6 @@ def attn_decode(
                     BLOCK_DV,
                     True,
                 )
-
                 store_rows(
                     v_head,
                     v_rows,

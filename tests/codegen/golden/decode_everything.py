@@ -1200,7 +1200,6 @@ def attn_decode(
                     HEAD_DIM_QK,
                     BLOCK_DQK,
                 )
-
                 store_rows(
                     k_head,
                     k_rows,
@@ -1222,7 +1221,6 @@ def attn_decode(
                     HEAD_DIM_QK,
                     BLOCK_DQK_1,
                 )
-
                 store_rows(
                     k_head + BLOCK_DQK,
                     k_rows,
@@ -1241,7 +1239,6 @@ def attn_decode(
                     BLOCK_DV,
                     True,
                 )
-
                 store_rows(
                     v_head,
                     v_rows,
@@ -1258,7 +1255,6 @@ def attn_decode(
                     BLOCK_DV_1,
                     True,
                 )
-
                 store_rows(
                     v_head + BLOCK_DV,
                     v_rows,
