@@ -25,6 +25,9 @@ from flashgen.target import GpuTarget
 
 Constraint = typing.Callable[[HopperDecodeConfig, AttentionSpec, GpuTarget], "str | None"]
 
+# Shared memory is swizzled in groups of so many.
+_ROWS_OF_COPY = 8
+
 _UNKNOWN = ("leftpad", "descale", "fp8_kv", "shared_kv")
 
 
@@ -40,9 +43,13 @@ def parts_have_tiles(config: HopperDecodeConfig, spec: AttentionSpec, target: Gp
 
 
 def pages_hold_tiles(config: HopperDecodeConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
-    """A bulk copy moves rows that follow each other: those of one page."""
-    if spec.page_size % config.block_n:
-        return f"bulk copies take tiles from one page each, of {spec.page_size} keys, not {config.block_n}"
+    """A bulk copy moves rows that follow each other, those of one page, and fills whole groups of rows of a buffer."""
+    size, keys = spec.page_size, config.block_n
+    if size % keys and (size < _ROWS_OF_COPY or keys % size):
+        return (
+            f"bulk copies take tiles of {keys} keys from one page, or from several whole ones of {_ROWS_OF_COPY} keys "
+            f"or more, not from pages of {size}"
+        )
     return None
 
 

@@ -26,6 +26,11 @@ class HopperDecodePlan(HopperForwardPlan):
     """
 
     @property
+    def rows_of_copy(self) -> dict[str, str]:
+        """The constants that say how many rows one copy of a tensor moves."""
+        return super().rows_of_copy | (dict.fromkeys("kv", "PAGE_SIZE") if self.gathers else {})
+
+    @property
     def entries(self) -> tuple[EntryPlan, ...]:
         """The kernels of the module, in the order of their launches."""
         return (*([self._append_entry] if self.spec.append else []), *super().entries)

@@ -194,7 +194,7 @@ class HopperNames(KernelPlan):
         return self.ring(name).replace(f"{name}_smem", f"_{name}_smem").replace(f"{name}_1_smem", f"_{name}_1_smem")
 
     def bytes(self, name: str) -> str:
-        """How many bytes one use of a ring copies."""
+        """How many bytes one copy into a buffer of a ring moves."""
         tiles = self.v_tiles if name == "v" else self.qk_tiles
         return " + ".join(f"{name}{tile.suffix}_desc.block_type.nbytes" for tile in tiles)
 

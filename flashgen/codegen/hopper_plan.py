@@ -39,6 +39,7 @@ class HopperForwardPlan(HopperNames):
         rescales_rarely: an output is rescaled only when a maximum has grown enough.
         tiles: as the config says, or `parts` of tiles where programs share the keys of one.
         one_loop: key tiles that need the mask are walked in the same loop as the others.
+        gathers: a tile of keys lies in several pages of a cache, and is copied from one after the other.
     """
 
     queries: Queries
@@ -47,11 +48,17 @@ class HopperForwardPlan(HopperNames):
     rescales_rarely: bool
     tiles: Walk
     one_loop: bool
+    gathers: bool
+
+    @property
+    def rows_of_copy(self) -> dict[str, str]:
+        """The constants that say how many rows one copy of a tensor moves."""
+        return {"q": "ROWS", "k": "BLOCK_N", "v": "BLOCK_N", "out": "ROWS"}
 
     @property
     def entries(self) -> tuple[EntryPlan, ...]:
         """The kernels of the module."""
-        rows = {"q": "ROWS", "k": "BLOCK_N", "v": "BLOCK_N", "out": "ROWS"}
+        rows = self.rows_of_copy
         tiles = {"q": self.qk_tiles, "k": self.qk_tiles, "v": self.v_tiles, "out": self.v_tiles}
         columns = {"out": "OUT_"} if self.out_buffer == "half" else {}
         boxes = tuple(
@@ -210,6 +217,7 @@ def shared_fields(spec: AttentionSpec, config: HopperConfig) -> dict[str, typing
         "rescales_rarely": config.rescale > 0,
         "release": config.release,
         "one_loop": config.loops == "single" and mask.title != "full",
+        "gathers": spec.page_size % config.block_n > 0,
         "qk_tiles": name_tiles("BLOCK_DQK", "HEAD_DIM_QK", widths_qk),
         "v_tiles": name_tiles("BLOCK_DV", "HEAD_DIM_V", widths_v),
     }

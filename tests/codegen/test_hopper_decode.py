@@ -20,7 +20,7 @@ CONFIG = HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
 WORDS = (
     *("d=128 causal", "d=128 full lse", "d=64 sliding_window(100,3)", "d=128 sliding_window(-1,3) page=256"),
     *("d=128 causal append", "d=96 dv=72 sliding_window(100,3) append rotary=pairs lse page=128"),
-    *("d=128 full append rotary=halves batch_idx",),
+    *("d=128 full append rotary=halves batch_idx", "d=96 causal page=16 lse"),
     *("d=128 causal batch_idx", "d=192 dv=96 causal lse sinks", "d=64 causal softcap sinks alibi lse page=128"),
     *("d=80 causal score_mod('return score * 2.0 + w[h]', w='float32[h]')", "d=64 causal&chunked(100)"),
 )
@@ -48,7 +48,12 @@ REFUSED = {
     "numbers_within_limits": (config(num_stages=5), spec(), "H200", "num_stages=5 is not from 2 to 4"),
     "parts_have_tiles": (config(min_blocks=0), spec(), "H200", "min_blocks=0 is less than 1"),
     "block_power_of_two": (config(block_n=96), spec(), "H200", "block_n=96"),
-    "pages_hold_tiles": (config(), spec("d=128 page=64"), "H200", "one page each, of 64 keys, not 128"),
+    "pages_hold_tiles": (
+        config(),
+        spec("d=128 page=24"),
+        "H200",
+        "not from pages of 24",
+    ),
     "heads_share_keys": (config(consumers=1, pack="heads"), spec(), "H200", "2 consumers or more, got 1"),
     "turns_need_others": (config(consumers=1, turns="alternate"), spec(), "H200", "2 consumers or more, got 1"),
     "single_loop_matters": (config(loops="single"), spec("d=128 full"), "H200", "same kernel as split"),
@@ -104,7 +109,9 @@ def test_numbers_do_not_change_the_source() -> None:
     for words in ("d=64 causal", "d=256 causal", "d=128 dv=64 causal fp16"):
         assert render(parse_problem(f"h=1 sq=64 sk=64 decode {words}").spec, CONFIG).source == source
     pages = [render(spec(f"d=128 causal page={size}"), CONFIG).digest for size in (128, 1024)]
-    assert pages[0] == pages[1] != render(spec("d=128 causal"), CONFIG).digest
+    smaller = [render(spec(f"d=128 causal page={size}"), CONFIG).digest for size in (16, 64)]
+    assert pages[0] == pages[1] != smaller[0] == smaller[1]
+    assert render(spec("d=128 causal"), CONFIG).digest not in (pages[0], smaller[0])
 
 
 @pytest.mark.parametrize("numbers", NUMBERS, ids=str)

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240, method="thread")]
 
 DRAWS = 24
 BASE = HopperDecodeConfig(consumers=2, block_n=128, num_warps=4, num_stages=2)
+PAGES = ("page=256", "page=64", "page=16", "page=8", "", "", "")
 MASKS = ("full", "causal", "sliding_window(300,0)", "sliding_window(100,7)", "causal(align=top_left)", "prefix_lm(100)")
 APPENDED = ("append", "append rotary=halves", "append rotary=pairs rotary_fp32", "", "", "")
 EXTRAS = ("lse", "sinks", "softcap", "alibi", "batch_idx", "score_mod('return score * 2.0')")
@@ -59,7 +60,7 @@ def drawn(seed: int) -> tuple[Problem, HopperDecodeConfig]:
         dims = rng.choice(("d=64", "d=128", "d=128", "d=256", "d=192 dv=128", "d=96", "d=80 dv=72", "d=32"))
         words = [dims, rng.choice(MASKS), rng.choice(("bf16", "fp16")), *rng.sample(EXTRAS, rng.choice((0, 1, 2, 4)))]
         words.append(rng.choice(APPENDED))
-        words += ["page=256"] if "batch_idx" not in words and rng.random() < 0.5 else []
+        words += [rng.choice(PAGES)] if "batch_idx" not in words else []
         sizes = f"b=2 hq={rng.choice((2, 8, 12))} hkv=2 sq={rng.choice((64, 100, 257))} sk={rng.choice((1000, 2049))}"
         problem = parse_problem(f"{sizes} {' '.join(words)} decode")
         numbers = {name: rng.choice(values) for name, values in KNOBS.items()}
@@ -111,7 +112,7 @@ def test_equal_bits(target: GpuTarget) -> None:
             assert torch.equal(case.tensors["lse"], want[1])
 
 
-@pytest.mark.parametrize("words", ["", "append rotary=halves page=256"])
+@pytest.mark.parametrize("words", ["", "append rotary=halves page=16"])
 def test_graph_replays_with_lengths_that_change(target: GpuTarget, words: str) -> None:
     problem = parse_problem(f"b=3 hq=8 hkv=2 sq=100 sk=3000 d=128 causal bf16 lse {words} decode")
     call = random_decode_call(problem, device="cuda", seed=0)
@@ -140,8 +141,9 @@ def test_graph_replays_with_lengths_that_change(target: GpuTarget, words: str) -
         ("sq=200 append", "gluon/hopper_decode"),
         ("sq=70 append rotary=pairs batch_idx lse", "gluon/hopper_decode"),
         ("sq=200 append rotary=halves page=256", "gluon/hopper_decode"),
-        ("sq=200 append page=16", "triton/decode"),
-        ("sq=200 page=16", "triton/decode"),
+        ("sq=200 append rotary=halves page=16", "gluon/hopper_decode"),
+        ("sq=200 append page=24", "triton/decode"),
+        ("sq=200 page=16 lse", "gluon/hopper_decode"),
         ("sq=200 leftpad", "triton/decode"),
         ("sq=2", "triton/decode"),
     ],

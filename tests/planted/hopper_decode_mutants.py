@@ -45,6 +45,14 @@ HOPPER_DECODE_MUTANTS = {
         "causal", _LOST, ("consumer", "start_m += CONSUMER * ROWS", "start_m += 0 * CONSUMER * ROWS")
     ),
     "first page alone": _edited("full page=64", _OFF, ("producer", "pages + n // PAGE_SIZE", "pages + 0 * n")),
+    "the first of a tile's pages for all of it": _edited(
+        "full page=16", _OFF, ("producer", "pages + k_row + i,", "pages + k_row + 0 * i,")
+    ),
+    "keys past the last one copied from a page": _edited(
+        "full page=16",
+        _OFF,
+        ("producer", "page_left = left - i * PAGE_SIZE", "page_left = left + BLOCK_N - i * PAGE_SIZE"),
+    ),
     "entries of the batch not looked up": _edited(
         "full batch_idx", _OFF, ("producer", "entry = gl.load(cache_batch_idx_ptr + off_z)", "entry = off_z")
     ),
