@@ -116,10 +116,11 @@ def attention_with_kvcache(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Return exact attention of a few queries of each sequence over its cache, to which `k` and `v` are appended first.
 
-    One launch does all of it: `k` is rotated, `k` and `v` are written into the caches, `q` is rotated and attends to
-    the cache with what is new. Sequence b has the keys in rows cache_leftpad[b] up to seqlen_k = cache_seqlens[b] +
-    seqlen_new of its entry of the cache; `causal`, `window` and ALiBi align the last query with the last of them. In a
-    CUDA graph the lengths, pages and entries are those in the tensors when it is replayed. Never differentiable.
+    One call does all of it: `k` is rotated, `k` and `v` are written into the caches, `q` is rotated and attends to
+    the cache with what is new. That is one launch, and two for chunks that are appended on Hopper. Sequence b has the
+    keys in rows cache_leftpad[b] up to seqlen_k = cache_seqlens[b] + seqlen_new of its entry of the cache; `causal`,
+    `window` and ALiBi align the last query with the last of them. In a CUDA graph the lengths, pages and entries are
+    those in the tensors when it is replayed. Never differentiable.
 
     What is not said here is as in `attention`. Under autocast q, k and v are taken in the type of the cache. The caches
     are never copied: their last dimension is contiguous, their other strides are multiples of 8 elements and their

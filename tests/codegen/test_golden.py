@@ -115,6 +115,11 @@ HOPPER_DECODE: dict[str, tuple[dict[str, typing.Any], dict[str, typing.Any]]] = 
         },
         {"pack": "heads", "loops": "single"},
     ),
+    "append": ({"append": True, "batch_idx": True}, {"consumers": 1}),
+    "append_small_pages": (
+        {"mask": parse_mask("causal"), "append": True, "rotary": "pairs", "page_size": 16, "head_dim_qk": 96},
+        {"queries": "registers"},
+    ),
 }  # fmt: skip
 HOPPER: dict[str, tuple[dict[str, typing.Any], dict[str, typing.Any]]] = {
     "full": ({}, {"queries": "registers", "turns": "alternate"}),
@@ -351,7 +356,8 @@ def test_kernels_are_those_of_the_plan(name: str) -> None:
         own_dq, dbias = ["attn_bwd_dq"] * (dq == "kernel"), ["attn_bwd_dbias"] * ("dbias" in changes)
         assert names == ["attn_bwd_delta", "attn_bwd_dkdv", *own_dq, *dbias]
     else:
-        assert names == ["attn_decode" if name.startswith("decode") else "attn_fwd"]
+        first = ["append_rows"] * name.startswith("decode_hopper_append")
+        assert names == [*first, "attn_decode" if name.startswith("decode") else "attn_fwd"]
 
 
 @pytest.mark.parametrize("name", KERNELS)
