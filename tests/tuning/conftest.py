@@ -139,17 +139,20 @@ def _seeds(problem: Problem) -> tuple[KernelConfig, ...]:
     return find_choices(problem, H200, EFFORTS["full"]).seeds
 
 
-@pytest.fixture(scope="session", autouse=True)
+_legal = SearchSpace.legal
+
+
+@functools.cache
+def _legal_once(template: str, spec: AttentionSpec, target: GpuTarget) -> LegalSpace:
+    return _legal(load_space(template), spec, target)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _each_legal_space_once() -> Iterator[None]:
-    # A second or more of work: most runs here tune one problem, and nearly all one of a few.
-    legal = SearchSpace.legal
-
-    @functools.cache
-    def legal_once(template: str, spec: AttentionSpec, target: GpuTarget) -> LegalSpace:
-        return legal(load_space(template), spec, target)
-
+    # A second or more of work: most runs here tune one problem, and nearly all one of a few. Not for longer than a
+    # module: others, which run in the same process, edit spaces.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SearchSpace, "legal", lambda space, spec, target: legal_once(space.template, spec, target))
+        patch.setattr(SearchSpace, "legal", lambda space, spec, target: _legal_once(space.template, spec, target))
         yield
 
 
