@@ -47,6 +47,8 @@ KERNELS: dict[str, tuple[str, HopperConfig]] = {
         "d=192 dv=96 sliding_window(100,0) page=128 sinks fp16 decode",
         dataclasses.replace(DECODE, block_n=64, rescale=8, loops="single"),
     ),
+    "chunk in small pages": ("d=192 dv=96 causal page=16 fp16 decode", dataclasses.replace(DECODE, block_n=64)),
+    "chunk that is appended": ("d=64 causal append rotary=halves page=64 bf16 decode", DECODE),
 }
 # Of a thread. ptxas keeps a few values of the code around the loops in memory, and none of the loops'.
 MOST_SPILLS = 64
@@ -64,13 +66,13 @@ def _compile(words: str, config: KernelConfig) -> CompiledKernel:
 def test_compiles_for_an_absent_gpu(name: str) -> None:
     words, config = KERNELS[name]
     compiled = _compile(words, config)
-    handle = compiled.entries[0].handle
+    handle = compiled.entries[-1].handle
     resources = compiled.resources
     spec = parse_problem(f"h=1 s=1 {words}").spec
     bound = shared_memory_lower_bound(config, spec)
     assert bound <= resources.smem_bytes <= min(bound + 512, H200.smem_bytes)
     # What every thread starts with, before the roles take theirs.
-    assert resources.registers == config.launch_options(compiled.entries[0].name).maxnreg
+    assert resources.registers == config.launch_options(compiled.entries[-1].name).maxnreg
     # Each consumer is a warpgroup, and the producer takes the place of one.
     assert handle.metadata.num_warps == 4 * (config.consumers + 1)
     ptx = handle.asm["ptx"]

@@ -331,7 +331,6 @@ def producer(
         for i in gl.static_range(BLOCK_N // PAGE_SIZE):
             page_left = left - i * PAGE_SIZE
             page = gl.load(pages + k_row + i, mask=page_left > 0, other=0)
-            buffer = k_smem.index(step % NUM_STAGES)
             load_tile(
                 k_desc,
                 [
@@ -342,9 +341,12 @@ def producer(
                     0,
                 ],
                 k_full.index(step % NUM_STAGES),
-                buffer.slice(i * PAGE_SIZE, PAGE_SIZE, 3),
+                k_smem.index(step % NUM_STAGES).slice(
+                    i * PAGE_SIZE,
+                    PAGE_SIZE,
+                    3,
+                ),
             )
-            buffer = k_1_smem.index(step % NUM_STAGES)
             load_tile(
                 k_1_desc,
                 [
@@ -355,7 +357,11 @@ def producer(
                     BLOCK_DQK,
                 ],
                 k_full.index(step % NUM_STAGES),
-                buffer.slice(i * PAGE_SIZE, PAGE_SIZE, 3),
+                k_1_smem.index(step % NUM_STAGES).slice(
+                    i * PAGE_SIZE,
+                    PAGE_SIZE,
+                    3,
+                ),
             )
         for i in range(1, hi - lo):
             n = (hi - 1 - i) * BLOCK_N
@@ -373,7 +379,6 @@ def producer(
             for i in gl.static_range(BLOCK_N // PAGE_SIZE):
                 page_left = next_left - i * PAGE_SIZE
                 page = gl.load(pages + next_k_row + i, mask=page_left > 0, other=0)
-                buffer = k_smem.index((step + 1) % NUM_STAGES)
                 load_tile(
                     k_desc,
                     [
@@ -384,9 +389,12 @@ def producer(
                         0,
                     ],
                     k_full.index((step + 1) % NUM_STAGES),
-                    buffer.slice(i * PAGE_SIZE, PAGE_SIZE, 3),
+                    k_smem.index((step + 1) % NUM_STAGES).slice(
+                        i * PAGE_SIZE,
+                        PAGE_SIZE,
+                        3,
+                    ),
                 )
-                buffer = k_1_smem.index((step + 1) % NUM_STAGES)
                 load_tile(
                     k_1_desc,
                     [
@@ -397,7 +405,11 @@ def producer(
                         BLOCK_DQK,
                     ],
                     k_full.index((step + 1) % NUM_STAGES),
-                    buffer.slice(i * PAGE_SIZE, PAGE_SIZE, 3),
+                    k_1_smem.index((step + 1) % NUM_STAGES).slice(
+                        i * PAGE_SIZE,
+                        PAGE_SIZE,
+                        3,
+                    ),
                 )
             wait(
                 v_empty.index(step % NUM_STAGES),
@@ -410,7 +422,6 @@ def producer(
             for i in gl.static_range(BLOCK_N // PAGE_SIZE):
                 page_left = left - i * PAGE_SIZE
                 page = gl.load(pages + v_row + i, mask=page_left > 0, other=0)
-                buffer = v_smem.index(step % NUM_STAGES)
                 load_tile(
                     v_desc,
                     [
@@ -421,7 +432,11 @@ def producer(
                         0,
                     ],
                     v_full.index(step % NUM_STAGES),
-                    buffer.slice(i * PAGE_SIZE, PAGE_SIZE, 3),
+                    v_smem.index(step % NUM_STAGES).slice(
+                        i * PAGE_SIZE,
+                        PAGE_SIZE,
+                        3,
+                    ),
                 )
             left = next_left
             v_row = next_v_row
@@ -437,7 +452,6 @@ def producer(
         for i in gl.static_range(BLOCK_N // PAGE_SIZE):
             page_left = left - i * PAGE_SIZE
             page = gl.load(pages + v_row + i, mask=page_left > 0, other=0)
-            buffer = v_smem.index(step % NUM_STAGES)
             load_tile(
                 v_desc,
                 [
@@ -448,7 +462,11 @@ def producer(
                     0,
                 ],
                 v_full.index(step % NUM_STAGES),
-                buffer.slice(i * PAGE_SIZE, PAGE_SIZE, 3),
+                v_smem.index(step % NUM_STAGES).slice(
+                    i * PAGE_SIZE,
+                    PAGE_SIZE,
+                    3,
+                ),
             )
         step += 1
         turn += 1
