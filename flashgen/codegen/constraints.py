@@ -33,11 +33,13 @@ class ConstraintTable(typing.Generic[ConfigT]):
         config_type: configs of the template.
         phase: what its kernels compute.
         predicates: by name, the cheap ones first.
+        of_launch: those that look at what only a launch reads, `KernelConfig.at_rest`; the others judge kernels.
     """
 
     config_type: type[ConfigT]
     phase: Phase
     predicates: typing.Mapping[str, typing.Callable[[ConfigT, AttentionSpec, GpuTarget], str | None]]
+    of_launch: frozenset[str]
 
     def reason(self, name: str, config: KernelConfig, spec: AttentionSpec, target: GpuTarget) -> str | None:
         """Return why the predicate `name` refuses a config of the template, or None."""
@@ -48,7 +50,11 @@ class ConstraintTable(typing.Generic[ConfigT]):
         self, names: typing.Iterable[str], config: KernelConfig, spec: AttentionSpec, target: GpuTarget
     ) -> str | None:
         """Return the first of the predicates `names` that refuses a config of the template, or None."""
-        return next((name for name in names if self.reason(name, config, spec, target) is not None), None)
+        assert isinstance(config, self.config_type)
+        for name in names:
+            if self.predicates[name](config, spec, target) is not None:
+                return name
+        return None
 
 
 AnyTable = (
@@ -61,19 +67,34 @@ AnyTable = (
 
 _TABLES: dict[str, AnyTable] = {
     TritonForwardConfig.template: ConstraintTable(
-        config_type=TritonForwardConfig, phase="forward", predicates=FORWARD_CONSTRAINTS
+        config_type=TritonForwardConfig,
+        phase="forward",
+        predicates=FORWARD_CONSTRAINTS,
+        of_launch=frozenset({"launch_within_limits"}),
     ),
     HopperForwardConfig.template: ConstraintTable(
-        config_type=HopperForwardConfig, phase="forward", predicates=HOPPER_CONSTRAINTS
+        config_type=HopperForwardConfig,
+        phase="forward",
+        predicates=HOPPER_CONSTRAINTS,
+        of_launch=frozenset({"groups_have_heads"}),
     ),
     TritonBackwardConfig.template: ConstraintTable(
-        config_type=TritonBackwardConfig, phase="backward", predicates=BACKWARD_CONSTRAINTS
+        config_type=TritonBackwardConfig,
+        phase="backward",
+        predicates=BACKWARD_CONSTRAINTS,
+        of_launch=frozenset({"launch_within_limits"}),
     ),
     TritonDecodeConfig.template: ConstraintTable(
-        config_type=TritonDecodeConfig, phase="decode", predicates=DECODE_CONSTRAINTS
+        config_type=TritonDecodeConfig,
+        phase="decode",
+        predicates=DECODE_CONSTRAINTS,
+        of_launch=frozenset({"launch_within_limits"}),
     ),
     HopperDecodeConfig.template: ConstraintTable(
-        config_type=HopperDecodeConfig, phase="decode", predicates=HOPPER_DECODE_CONSTRAINTS
+        config_type=HopperDecodeConfig,
+        phase="decode",
+        predicates=HOPPER_DECODE_CONSTRAINTS,
+        of_launch=frozenset({"parts_have_tiles"}),
     ),
 }
 

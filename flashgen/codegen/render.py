@@ -88,7 +88,7 @@ def code_digest(source: str) -> str:
 
     The modules of flashgen that the code imports are part of it.
     """
-    tree = _code(source)
+    tree = ast.parse(source)
     imported = sorted(
         node.module
         for node in tree.body
@@ -100,16 +100,24 @@ def code_digest(source: str) -> str:
 
 @functools.cache
 def _canonical_module(name: str) -> str:
-    return _canonical(_code(module_source(name)))
+    return _canonical(ast.parse(module_source(name)))
 
 
-def _code(source: str) -> ast.Module:
-    """Return the syntax tree without docstrings, those of constants included."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef)):
-            node.body = [statement for statement in node.body if not _is_text(statement)]
-    return tree
+def _canonical(node: object) -> str:
+    """Return a syntax tree as text, without docstrings, those of constants included."""
+    # Not ast.dump: its text differs between Python versions, and digests are compared across them.
+    if isinstance(node, ast.AST):
+        fields: list[str] = []
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if name == "body" and isinstance(node, (ast.Module, ast.FunctionDef)):
+                value = [statement for statement in node.body if not _is_text(statement)]
+            if value is not None and value != []:
+                fields.append(f"{name}={_canonical(value)}")
+        return f"{type(node).__name__}({','.join(fields)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    return repr(node)
 
 
 def _is_text(statement: ast.stmt) -> bool:
@@ -118,13 +126,3 @@ def _is_text(statement: ast.stmt) -> bool:
         and isinstance(statement.value, ast.Constant)
         and isinstance(statement.value.value, str)
     )
-
-
-def _canonical(node: object) -> str:
-    # Not ast.dump: its text differs between Python versions, and digests are compared across them.
-    if isinstance(node, ast.AST):
-        fields = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
-        return f"{type(node).__name__}({','.join(f'{name}={_canonical(value)}' for name, value in fields)})"
-    if isinstance(node, list):
-        return f"[{','.join(map(_canonical, node))}]"
-    return repr(node)

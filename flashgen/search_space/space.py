@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import typing
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class LegalSpace:
     Attributes:
         configs: every legal config, in an order that depends on the file alone.
         seeds: the legal ones among the file's seeds, each a member of `configs`, without repeats.
-        refused: how many configs each constraint refused; a config counts for the first that refuses it.
+        refused: how many configs each constraint refused; a config counts for the first that refuses its kernel, or
+            else its launch.
     """
 
     configs: tuple[KernelConfig, ...]
@@ -63,10 +65,22 @@ class SearchSpace:
         make: typing.Callable[..., KernelConfig] = table.config_type
         refused = dict.fromkeys(names, 0)
         configs: dict[KernelConfig, None] = {}
+        of_launch = [name for name in names if name in table.of_launch]
         for product in self._products(target):
+            # There are many times as many configs as kernels.
+            numbers_of_kernel = operator.itemgetter(
+                *(place for place, name in enumerate(product) if name not in table.config_type.at_rest)
+            )
+            reasons: dict[object, str | None] = {}
             for values in itertools.product(*product.values()):
-                config = make(**dict(zip(product, values, strict=True)))
-                reason = table.first_refusal(names, config, spec, target)
+                kernel = numbers_of_kernel(values)
+                if kernel not in reasons:
+                    config = make(**dict(zip(product, values, strict=True))).kernel()
+                    reasons[kernel] = table.first_refusal(names, config, spec, target)
+                reason = reasons[kernel]
+                if reason is None:
+                    config = make(**dict(zip(product, values, strict=True)))
+                    reason = table.first_refusal(of_launch, config, spec, target)
                 if reason is None:
                     configs[config] = None
                 else:

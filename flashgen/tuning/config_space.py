@@ -5,8 +5,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import itertools
 import typing
 
+import numpy as np
+import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
@@ -43,18 +46,7 @@ class ConfigSpace:
         Raises:
             ConfigError: if there are none.
         """
-        unique = tuple(dict.fromkeys(configs))
-        if not unique:
-            raise ConfigError("a study needs legal configs, got none")
-        # One of each template says what there is: a dictionary of each config takes a second where there are many.
-        one_of_each = {config.template: config for config in unique}
-        names = dict.fromkeys(name for config in one_of_each.values() for name in config.as_dict())
-        rows = [vars(config) for config in unique]
-        choices = {name: sorted_values({row.get(name, ABSENT) for row in rows}) for name in names}
-        choices[TEMPLATE] = sorted_values(one_of_each.keys())
-        if len(one_of_each) == 1:
-            del choices[TEMPLATE]
-        return cls(configs=unique, choices=choices)
+        return _space_of(tuple(configs))
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -70,6 +62,11 @@ class ConfigSpace:
         """The key of each config, in their order."""
         return tuple(map(self.key, self.configs))
 
+    @functools.cached_property
+    def places(self) -> dict[Values, int]:
+        """The place of each config, by its key."""
+        return {key: place for place, key in enumerate(self.keys)}
+
     def key(self, config: KernelConfig) -> Values:
         """Return the values of `config`, in the order of `choices`."""
         numbers = {**vars(config), TEMPLATE: config.template}
@@ -82,20 +79,57 @@ class ConfigSpace:
 
     def coordinates(self, key: Values) -> tuple[int, ...]:
         """Return where each value of `key` stands, or would stand, among its choices."""
-        axes = zip(self._places, self.choices.values(), key, strict=True)
+        axes = zip(self._places_of_values, self.choices.values(), key, strict=True)
         return tuple(
             place if (place := places.get(value)) is not None else _place(values, value)
             for places, values, value in axes
         )
 
-    def all_coordinates(self) -> list[tuple[int, ...]]:
-        """Return the coordinates of each config, in their order."""
-        columns = zip(self._places, zip(*self.keys, strict=True), strict=True)
-        return list(zip(*([places[value] for value in values] for places, values in columns), strict=True))
+    @functools.cached_property
+    def all_coordinates(self) -> npt.NDArray[np.int64]:
+        """The coordinates of each config, a row each, in their order."""
+        columns = zip(self._places_of_values, zip(*self.keys, strict=True), strict=True)
+        coordinates = np.array([[places[value] for value in values] for places, values in columns]).T
+        coordinates.setflags(write=False)
+        return coordinates
 
     @functools.cached_property
-    def _places(self) -> tuple[dict[Scalar, int], ...]:
+    def boxes(self) -> tuple[tuple[tuple[Values, ...], ...], ...]:
+        """For each template, the values of each number that occur with each combination of words.
+
+        Words are other kernels (`dq=kernel`, `dq=atomic`), which take other numbers: one may be a small part of the
+        space.
+        """
+        words = are_words(self)
+        found: dict[str, dict[Values, list[Values]]] = {}
+        for config, key in zip(self.configs, self.keys, strict=True):
+            keys_of = found.setdefault(config.template, {})
+            keys_of.setdefault(tuple(itertools.compress(key, words)), []).append(key)
+        return tuple(
+            tuple(tuple(sorted_values(set(axis)) for axis in zip(*keys, strict=True)) for keys in keys_of.values())
+            for keys_of in found.values()
+        )
+
+    @functools.cached_property
+    def _places_of_values(self) -> tuple[dict[Scalar, int], ...]:
         return tuple({value: place for place, value in enumerate(values)} for values in self.choices.values())
+
+
+# A second's work; lengths of one spec follow each other.
+@functools.lru_cache(maxsize=4)
+def _space_of(configs: tuple[KernelConfig, ...]) -> ConfigSpace:
+    unique = tuple(dict.fromkeys(configs))
+    if not unique:
+        raise ConfigError("a study needs legal configs, got none")
+    # One of each template says what there is: a dictionary of each config takes a second where there are many.
+    one_of_each = {config.template: config for config in unique}
+    names = dict.fromkeys(name for config in one_of_each.values() for name in config.as_dict())
+    rows = [vars(config) for config in unique]
+    choices = {name: sorted_values({row.get(name, ABSENT) for row in rows}) for name in names}
+    choices[TEMPLATE] = sorted_values(one_of_each.keys())
+    if len(one_of_each) == 1:
+        del choices[TEMPLATE]
+    return ConfigSpace(configs=unique, choices=choices)
 
 
 def suggest_config(trial: optuna.Trial, space: ConfigSpace) -> KernelConfig:

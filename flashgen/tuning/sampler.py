@@ -69,8 +69,8 @@ class UntriedNeighbourSampler(BaseSampler):
         templates = self.space.templates
         if any(config.template not in templates for config in seeds):
             raise ConfigError(f"every seed must be a config of {' or '.join(templates)}")
-        self._keys = {key: index for index, key in enumerate(self.space.keys)}
-        self._coordinates = np.array(self.space.all_coordinates())
+        self._keys = self.space.places
+        self._coordinates = self.space.all_coordinates
         self._is_word = np.array(are_words(self.space))
         self._template = list(self.space.choices).index(TEMPLATE) if TEMPLATE in self.space.choices else None
         order = list(range(len(self._keys)))

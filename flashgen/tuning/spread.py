@@ -6,24 +6,16 @@ import itertools
 import random
 import typing
 
-from flashgen.tuning.config_space import ConfigSpace, Values, are_words, sorted_values
+from flashgen.tuning.config_space import ConfigSpace, Values
 
 _MAX_BOX_DRAWS = 64  # for one legal point
 
 
-def boxes_of(space: ConfigSpace, rng: random.Random) -> list[list[Values]]:
-    """Return the values of each number that occur with each combination of words; shuffled, of each template in turn.
-
-    Words are other kernels (`dq=kernel`, `dq=atomic`), which take other numbers: one may be a small part of the space.
-    """
-    words = are_words(space)
-    found: dict[str, dict[Values, list[Values]]] = {}
-    for config, key in zip(space.configs, space.keys, strict=True):
-        boxes = found.setdefault(config.template, {})
-        boxes.setdefault(tuple(itertools.compress(key, words)), []).append(key)
-    shuffled = [rng.sample(list(boxes.values()), len(boxes)) for boxes in found.values()]
+def boxes_of(space: ConfigSpace, rng: random.Random) -> list[tuple[Values, ...]]:
+    """Return the boxes of the space, shuffled, of each template in turn."""
+    shuffled = [rng.sample(boxes, len(boxes)) for boxes in space.boxes]
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*shuffled))
-    return [[sorted_values(set(axis)) for axis in zip(*keys, strict=True)] for keys in in_turn if keys]
+    return [box for box in in_turn if box]
 
 
 def spread_keys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -16,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from flashgen.codegen import KernelConfig, make_plan, render
 from flashgen.codegen.kernel_config import Scalar
 from flashgen.errors import FlashgenError
-from flashgen.spec import Problem
+from flashgen.spec import AttentionSpec, Problem
 from flashgen.target import GpuTarget
 from flashgen.tuning import offers
 from flashgen.tuning.interrupts import finishing_first
@@ -220,14 +221,20 @@ class ProblemStudy:
 
 
 def _study_name(problem: Problem, target: GpuTarget, how: str, configs: typing.Sequence[KernelConfig]) -> str:
-    # The code and the legal list are part of the name: other code, or other choices, is another search.
-    digests = sorted({render(problem.spec, config).digest for config in _varied(problem, configs)})
+    return f"{problem} | {target.device_name} | {how} | {_search_digest(problem.spec, tuple(configs))}"
+
+
+# A second's work; lengths of one spec follow each other.
+@functools.lru_cache(maxsize=4)
+def _search_digest(spec: AttentionSpec, configs: tuple[KernelConfig, ...]) -> str:
+    # The code and the legal list: other code, or other choices, is another search.
+    digests = sorted({render(spec, config).digest for config in _varied(spec, configs)})
     numbers = _getters(configs, lambda config: config.as_dict())
     identity = json.dumps([digests, [numbers[config.template](config) for config in configs]])
-    return f"{problem} | {target.device_name} | {how} | {hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
-def _varied(problem: Problem, configs: typing.Sequence[KernelConfig]) -> list[KernelConfig]:
+def _varied(spec: AttentionSpec, configs: typing.Sequence[KernelConfig]) -> list[KernelConfig]:
     """Return configs of different structure that have every value, and every two of different numbers, among them.
 
     There are hundreds of structures, and each takes time to digest; code that changes does so in one of these.
@@ -236,9 +243,7 @@ def _varied(problem: Problem, configs: typing.Sequence[KernelConfig]) -> list[Ke
     kernels: dict[object, KernelConfig] = {}
     for config in configs:
         kernels.setdefault(numbers[config.template](config), config)
-    different = {
-        make_plan(problem.spec, config): config for config in map(KernelConfig.kernel, reversed(kernels.values()))
-    }
+    different = {make_plan(spec, config): config for config in map(KernelConfig.kernel, reversed(kernels.values()))}
     seen: set[tuple[tuple[str, Scalar], ...]] = set()
     kept: list[KernelConfig] = []
     for config in different.values():

@@ -105,7 +105,8 @@ def test_the_command() -> None:
 
 
 def test_many_workers_replay_a_table_over_a_journal() -> None:
-    words = ["--storages", "journal", "--workers", "3", "--scale", "0.05", "--seconds", "4", "--ramp", "2"]
+    words = ["--storages", "journal", "--workers", "3", "--processes", "2"]
+    words += ["--scale", "0.05", "--seconds", "4", "--ramp", "2"]
     told = subprocess.run(
         [sys.executable, FOLDER / "many_workers.py", *words], capture_output=True, text=True, check=True
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import random
 from pathlib import Path
 
 import pytest
 
 from flashgen.codegen.config import TritonBackwardConfig, TritonForwardConfig
-from flashgen.codegen.constraints import check_config
+from flashgen.codegen.constraints import check_config, constraints_of
 from flashgen.codegen.hopper_config import HopperForwardConfig
 from flashgen.errors import ConfigError
 from flashgen.resources import resource_dir
@@ -181,6 +183,47 @@ def test_counts_every_refusal_once():
     assert len(legal.configs) + sum(legal.refused.values()) == total
     assert legal.refused["shared_memory_fits"] > 0
     assert legal == load_space(TEMPLATE).legal(bf16(128), target)
+
+
+def test_a_launch_is_judged_for_each_config_and_a_kernel_once(edited):
+    space, target, spec = edited("head_group: [1, 4, 16]", "head_group: [1, 0, 16]"), named_target("H200"), bf16(128)
+    legal, values = space.legal(spec, target), space.parameters(target)
+    everything = [
+        TritonForwardConfig(**dict(zip(values, numbers, strict=True)))
+        for numbers in itertools.product(*values.values())
+    ]
+    reasons = {config: check_config(config, spec, target) for config in everything}
+    assert legal.configs == tuple(config for config in everything if not reasons[config])
+    only_launch = [
+        config for config in everything if len(reasons[config]) == 1 and "head_group=0" in reasons[config][0]
+    ]
+    assert len(only_launch) == legal.refused["launch_within_limits"] == len(legal.configs) / 2
+    assert len(legal.configs) + sum(legal.refused.values()) == len(everything)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (TEMPLATE, "causal bf16"),
+        (BACKWARD, "causal bf16 backward"),
+        (DECODE, "causal page=64 bf16 decode"),
+        (HOPPER, "causal bf16"),
+        ("gluon/hopper_decode", "causal page=128 bf16 decode"),
+    ],
+)
+def test_predicates_of_kernels_do_not_look_at_the_launch(template, words):
+    spec, target = parse_problem(f"h=1 s=1 d=128 {words}").spec, named_target("H200")
+    space, table, rng = load_space(template), constraints_of(template), random.Random(0)
+    at_rest = table.config_type.at_rest
+    looked: set[str] = set()
+    for _ in range(2000):
+        values = rng.choice(space._products(target))
+        config = table.config_type(**{name: rng.choice(values[name]) for name in values})
+        launched = dataclasses.replace(config, **{name: rng.choice((-1, 0, 1, 2, 5, 64)) for name in at_rest})
+        for name in table.predicates:
+            if table.reason(name, launched, spec, target) != table.reason(name, config.kernel(), spec, target):
+                looked.add(name)
+    assert looked == table.of_launch
 
 
 def test_first_seeds_on_hopper_are_the_measured_winners():

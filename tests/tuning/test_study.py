@@ -276,7 +276,7 @@ def test_ctrl_c_in_the_middle_of_a_write_waits_for_its_end(path, monkeypatch):
 
 
 def test_what_differs_in_two_ways_at_once_names_another_study():
-    found = _varied(PROBLEM, find_choices(PROBLEM, H200, EFFORTS["full"]).configs)
+    found = _varied(PROBLEM.spec, find_choices(PROBLEM, H200, EFFORTS["full"]).configs)
     assert {config.template for config in found} == {"gluon/hopper_forward", "triton/forward"}
     assert len(found) < 60
     words = [config.as_dict() for config in found if config.template == "gluon/hopper_forward"]
