@@ -6,9 +6,10 @@ import dataclasses
 
 from flashgen.codegen.arguments import element_type, side_pointer_types
 from flashgen.codegen.config import TritonDecodeConfig
+from flashgen.codegen.decode_names import NEW_KEYS, DecodeNames
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.head_tiles import HeadTile, name_tiles, tile_widths
-from flashgen.codegen.kernel_plan import NEW_KEYS, KernelPlan, dot_options
+from flashgen.codegen.kernel_plan import dot_options
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
 from flashgen.codegen.signature import SCORE_PREFIX, capture_types
@@ -22,18 +23,14 @@ _WARP = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodePlan(KernelPlan):
+class DecodePlan(DecodeNames):
     """Structure of `templates/triton/decode.py.jinja`; equal plans of one spec render to the same source.
 
     Attributes:
-        qk_tiles: tiles of head_dim_qk.
-        v_tiles: tiles of head_dim_v.
         one_loop: every key tile is masked, in one loop.
         dependent: the kernel waits for what ran before it, and lets what comes after it start early.
     """
 
-    qk_tiles: tuple[HeadTile, ...]
-    v_tiles: tuple[HeadTile, ...]
     one_loop: bool
     dependent: bool
 
@@ -63,16 +60,6 @@ class DecodePlan(KernelPlan):
         """The caches that are reached by pointers."""
         by_pointer = not self.descriptor or self.spec.append
         return tuple(x for x, _ in self._cache_tiles) if by_pointer else ()
-
-    @property
-    def new_tensors(self) -> tuple[str, ...]:
-        """What is appended to."""
-        return ("k", "v") if self.spec.append else ()
-
-    @property
-    def appended(self) -> tuple[tuple[str, tuple[HeadTile, ...]], ...]:
-        """What is appended to, in tiles of columns."""
-        return (("k", self.qk_tiles), ("v", self.v_tiles))
 
     @property
     def cached(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from flashgen.codegen.decode_names import DecodeNames
 from flashgen.codegen.entry import EntryPlan
-from flashgen.codegen.head_tiles import HeadTile
 from flashgen.codegen.hopper_config import APPEND_ROWS, HopperDecodeConfig
 from flashgen.codegen.hopper_plan import HopperForwardPlan, shared_fields
 from flashgen.spec import AttentionSpec
@@ -18,7 +18,7 @@ _PART = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HopperDecodePlan(HopperForwardPlan):
+class HopperDecodePlan(HopperForwardPlan, DecodeNames):
     """Structure of `templates/gluon/hopper_decode.py.jinja`: that of the forward kernel, whose loop it has.
 
     Rows are not packed: a tile has queries of one head, or of several of a group, with the same keys. What a call
@@ -68,12 +68,7 @@ class HopperDecodePlan(HopperForwardPlan):
     @property
     def cache_pointers(self) -> tuple[str, ...]:
         """The caches that are reached by pointers: those that are written."""
-        return ("k", "v") if self.spec.append else ()
-
-    @property
-    def appended(self) -> tuple[tuple[str, tuple[HeadTile, ...]], ...]:
-        """What is appended to, in tiles of columns."""
-        return (("k", self.qk_tiles), ("v", self.v_tiles))
+        return self.new_tensors
 
     @property
     def new_apart(self) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import typing
 
 from flashgen.codegen.arguments import side_pointer_types
+from flashgen.codegen.decode_names import NEW_KEYS
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.head_tiles import name_tiles, tile_widths
 from flashgen.codegen.hopper_config import (
@@ -18,7 +19,6 @@ from flashgen.codegen.hopper_config import (
     Walk,
 )
 from flashgen.codegen.hopper_names import HopperNames
-from flashgen.codegen.kernel_plan import NEW_KEYS
 from flashgen.codegen.mask_plan import plan_mask
 from flashgen.codegen.mods import division_helpers, mod_arguments, mod_lines
 from flashgen.codegen.signature import SCORE_PREFIX, capture_types, side_arguments

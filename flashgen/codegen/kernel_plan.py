@@ -7,11 +7,7 @@ import dataclasses
 
 from flashgen.codegen.entry import EntryPlan
 from flashgen.codegen.mask_plan import MaskPlan
-from flashgen.spec import AttentionSpec, Causal, DType
-from flashgen.spec.masks import SlidingWindow
-
-NEW_KEYS = 16
-"""Rows that come with a call of decoding in one step: few, as there are few."""
+from flashgen.spec import AttentionSpec, DType
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,32 +71,6 @@ class KernelPlan(abc.ABC):
         packed = ("max_seqlen_q", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
         used = tuple(f"seqused_{side}_ptr" for side in spec.seqused)
         return (*(packed if spec.varlen else ("SEQLEN_Q", "SEQLEN_K")), *used)
-
-    @property
-    def new_apart(self) -> bool:
-        """Whether keys that come with the call are attended to beside those of the cache, not in it."""
-        return self.spec.append
-
-    @property
-    def queries_advance(self) -> bool:
-        """Whether each query is turned by its own position, as FlashAttention does where order matters."""
-        return any(isinstance(leaf, Causal | SlidingWindow) for leaf in self.spec.mask.leaves)
-
-    @property
-    def part_arguments(self) -> tuple[str, ...]:
-        """What `sequence_parts` of a decode kernel takes beyond the sequences that it is asked about."""
-        spec = self.spec
-        return (
-            *("SEQLEN_Q", "splits", "min_blocks", "BLOCK_N", "cache_seqlens_ptr"),
-            *(("seqlen_new",) if self.new_apart else ()),
-            *(("cache_leftpad_ptr",) if spec.leftpad else ()),
-            *self.mask.bounds_arguments,
-        )
-
-    @property
-    def sequence_bounds(self) -> str:
-        """What `kv_bounds` returns there, for all rows of a sequence."""
-        return "start, _, _, end" if self.mask.left_edge else "_, end"
 
     @property
     def mask_arguments(self) -> tuple[str, ...]:

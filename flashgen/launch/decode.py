@@ -76,7 +76,7 @@ class DecodeLaunch:
         layouts = operands.layouts
         self._append = AppendLaunch(*appends[0], problem, values, slots) if appends else None
         if self._append is not None:
-            slots |= {name: len(slots) + place for place, name in enumerate(self._append.left)}
+            slots |= self._append.slots
             layouts |= self._append.layouts
         self._kernel = BoundKernel(
             entry,

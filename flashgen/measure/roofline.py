@@ -84,8 +84,8 @@ def predict_us(
     target. Counted: blocks per multiprocessor, wave quantisation, matrix, exp2 and vector work of one step over the
     keys and how much of them overlaps, K and V from L2, load latency hidden by the stages, bytes through device memory.
     Of a backward config, that of each of its kernels, see `predict_backward_us`; of a forward one for Hopper, see
-    `predict_hopper_us`; of a decode one, see `predict_decode_us`
-    and `predict_hopper_decode_us`.
+    `predict_hopper_us`; of a decode one, see `predict_decode_us` and
+    `predict_hopper_decode_us`.
 
     Args:
         problem: what is computed.

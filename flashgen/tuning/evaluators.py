@@ -84,7 +84,7 @@ class Evaluator(typing.Protocol):
         """Compare the best once more, with care."""
 
     def confirmed_as(self, spec: AttentionSpec) -> AttentionSpec | None:
-        """Return the spec whose code, with that config, `confirm` will need compiled, or None."""
+        """Return the spec whose code `confirm` will need compiled, or None."""
 
     def confirm(self, problem: Problem, tried: Tried) -> Tried | Rejected:
         """Return a config that is to win, with its accuracy, or why it must not."""

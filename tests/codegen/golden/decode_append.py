@@ -360,7 +360,6 @@ def attend_new(
             BLOCK_DQK,
             True,
         )
-
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         kv_idx = places[None, :]
         visible = None
@@ -383,7 +382,6 @@ def attend_new(
             BLOCK_DV,
             True,
         )
-
         p, alpha, l_i, m_i = softmax_step(
             l_i,
             m_i,

@@ -430,7 +430,6 @@ def attend_new(
             HEAD_DIM_QK,
             BLOCK_DQK,
         )
-
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         kv_idx = places[None, :]
         visible = None
@@ -453,7 +452,6 @@ def attend_new(
             BLOCK_DV,
             True,
         )
-
         p, alpha, l_i, m_i = softmax_step(
             l_i,
             m_i,

@@ -596,7 +596,6 @@ def attend_new(
             HEAD_DIM_QK,
             BLOCK_DQK,
         )
-
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         k_1 = load_rotated(
             k_new_ptr,
@@ -611,7 +610,6 @@ def attend_new(
             HEAD_DIM_QK,
             BLOCK_DQK_1,
         )
-
         qk = tl.dot(q_1, tl.trans(k_1), qk, input_precision="ieee")
         kv_idx = places[None, :]
         qk = qk * qk_scale
@@ -651,7 +649,6 @@ def attend_new(
             BLOCK_DV,
             True,
         )
-
         v_1 = load_rows(
             v_new_ptr + BLOCK_DV,
             new_rows,
@@ -660,7 +657,6 @@ def attend_new(
             BLOCK_DV_1,
             True,
         )
-
         p, alpha, l_i, m_i = softmax_step(
             l_i,
             m_i,

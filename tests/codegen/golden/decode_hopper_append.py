@@ -1025,10 +1025,10 @@ def append_rows(
         entry = tl.load(cache_batch_idx_ptr + off_z)
         k_head = k_ptr + off_hkv.to(tl.int64) * stride_kh
         k_head += entry.to(tl.int64) * stride_kz
-        k_new = k_new_ptr + off_hkv.to(tl.int64) * stride_k_new_h
-        k_new += off_b * stride_k_new_z
         v_head = v_ptr + off_hkv.to(tl.int64) * stride_vh
         v_head += entry.to(tl.int64) * stride_vz
+        k_new = k_new_ptr + off_hkv.to(tl.int64) * stride_k_new_h
+        k_new += off_b * stride_k_new_z
         v_new = v_new_ptr + off_hkv.to(tl.int64) * stride_v_new_h
         v_new += off_b * stride_v_new_z
         places = cached + offs_new

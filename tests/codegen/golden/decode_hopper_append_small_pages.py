@@ -1205,9 +1205,9 @@ def append_rows(
         is_new = offs_new < seqlen_new
         pages = page_table_ptr + off_b * step_pages
         k_head = k_ptr + off_hkv.to(tl.int64) * stride_kh
+        v_head = v_ptr + off_hkv.to(tl.int64) * stride_vh
         k_new = k_new_ptr + off_hkv.to(tl.int64) * stride_k_new_h
         k_new += off_b * stride_k_new_z
-        v_head = v_ptr + off_hkv.to(tl.int64) * stride_vh
         v_new = v_new_ptr + off_hkv.to(tl.int64) * stride_v_new_h
         v_new += off_b * stride_v_new_z
         places = cached + offs_new
